@@ -1,0 +1,159 @@
+"""Typed schemas of everything that produces episodes. Imports neither torch nor vLLM: configuration must be instant.
+
+A member of a Hydra group is a dataclass here: its fields are the settings, ``_target_`` names the class that reads them,
+and ``__post_init__`` refuses impossible values in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from rollout.errors import UserError
+
+
+def require(condition: bool, key: str, problem: str) -> None:
+    """Refuse a configuration in one line that names the key and the remedy."""
+    if not condition:
+        raise UserError(f"{key}: {problem}")
+
+
+@dataclass
+class VllmConfig:
+    """vLLM behind the Engine protocol. ``mode``: in_process (CPU, tests), process (own process), http (a server)."""
+
+    _target_: str = "rollout.engines.vllm.build"
+    mode: str = "in_process"
+    dtype: str = "float32"
+    max_model_len: int = 512
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 8192
+    block_size: int = 32
+    kv_cache_gib: float = 1.0  # CPU only
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+    deterministic: bool = False
+    scheduler_cls: str | None = None
+    scheduler_options: dict[str, Any] = field(default_factory=dict)  # reaches the scheduler as additional_config
+    extra: dict[str, Any] = field(default_factory=dict)  # any other vLLM engine argument, unchanged
+    url: str | None = None  # mode=http: a server that runs already; None starts one
+    timeout_s: float = 300.0  # longest wait for one request, for a start and for a sync
+
+    def __post_init__(self) -> None:
+        modes = ("in_process", "process", "http")
+        require(self.mode in modes, "engine.mode", f"{self.mode!r} is not one of {', '.join(modes)}")
+        require(not self.deterministic or self.mode == "in_process", "engine.deterministic",
+                f"needs engine.mode=in_process, not {self.mode}: only there are engine batches a function of the run")
+        require(self.url is None or self.mode == "http", "engine.url", f"needs engine.mode=http, not {self.mode}")
+        require(self.max_num_seqs > 0, "engine.max_num_seqs", f"{self.max_num_seqs} must be at least 1")
+        require(self.timeout_s > 0, "engine.timeout_s", f"{self.timeout_s} must be above 0")
+
+
+@dataclass
+class TransformersConfig:
+    """transformers' continuous batching behind the Engine protocol: no vLLM needed."""
+
+    _target_: str = "rollout.engines.transformers.build"
+    dtype: str = "float32"
+    max_model_len: int = 512
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 32
+    num_blocks: int = 1024
+    device: str = "auto"  # auto: cuda where there is one
+    deterministic: bool = False
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        require(not self.deterministic, "engine.deterministic",
+                "the transformers engine takes no seed per request; use engine=vllm")
+
+
+@dataclass
+class LimitsConfig:
+    """What ends an episode, and how long infrastructure may take."""
+
+    max_turns: int = 4  # assistant turns
+    max_tool_calls: int = 3
+    max_new_tokens: int = 128  # own tokens of a whole episode
+    max_turn_tokens: int | None = None  # own tokens of one turn; None: what is left of the episode
+    tool_result_chars: int = 2000  # longer tool results are cut, and say so
+    retries: int = 2  # after an infrastructure failure, before the episode is dropped
+    max_failures_in_a_row: int = 8
+    episode_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_new_tokens", "tool_result_chars", "max_failures_in_a_row"):
+            require(getattr(self, name) > 0, f"limits.{name}", f"{getattr(self, name)} must be at least 1")
+        require(self.max_tool_calls >= 0, "limits.max_tool_calls", f"{self.max_tool_calls} must not be negative")
+
+
+@dataclass
+class SamplingConfig:
+    """Training samples the full distribution; evaluation may do as it likes."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "sampling.temperature", f"{self.temperature} must not be negative")
+        require(0 < self.top_p <= 1, "sampling.top_p", f"{self.top_p} must be in (0, 1]")
+
+
+@dataclass
+class ArithmeticConfig:
+    """Finite, seeded questions of graded difficulty; the test split never meets the training split."""
+
+    _target_: str = "rollout.tasks.arithmetic.Arithmetic"
+    name: str = "arithmetic"
+    size: int = 4096  # training questions
+    test_size: int = 2000
+    seed: int = 0
+    operators: str = "+-*"
+    mix: dict[str, float] = field(default_factory=lambda: {"1": 0.2, "2": 0.4, "3": 0.4})  # share of each difficulty
+    use_tool: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, "task.size", f"{self.size} must be at least 1")
+        require(set(self.operators) <= set("+-*") and self.operators != "", "task.operators",
+                f"{self.operators!r} may hold only + - *")
+        require(set(self.mix) <= {"1", "2", "3"} and sum(self.mix.values()) > 0, "task.mix",
+                f"{dict(self.mix)} must give shares for difficulties 1, 2, 3")
+
+
+@dataclass
+class Gsm8kConfig:
+    """GSM8K's own JSONL files, read from ``path`` (a folder with train.jsonl and test.jsonl)."""
+
+    _target_: str = "rollout.tasks.gsm8k.Gsm8k"
+    name: str = "gsm8k"
+    path: str = MISSING
+    size: int | None = None  # None: all
+    test_size: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class DatasetConfig:
+    """Anything that ``datasets.load_dataset`` loads, by a map of columns."""
+
+    _target_: str = "rollout.tasks.dataset.DatasetTask"
+    name: str = "dataset"
+    path: str = MISSING  # a hub name, or a builder such as json with data_files
+    data_files: Any = None
+    config: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    prompt_column: str = "prompt"  # text, or a list of messages
+    answer_column: str = "answer"
+    difficulty_column: str | None = None
+    tools: list[str] = field(default_factory=list)  # dotted names of Tool objects
+    verifier: str = "math"  # math (math-verify) · exact · a dotted name of (answer, gold) -> bool
+    size: int | None = None
+    test_size: int | None = None
+    seed: int = 0

@@ -1,0 +1,133 @@
+"""The data model: what a rollout leaves behind for training, evaluation and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """How an episode ended."""
+
+    FINISHED = "finished"  # the policy gave its final answer
+    TRUNCATED = "truncated"  # the token limit cut it
+    CALL_LIMIT = "call_limit"  # it asked for more tool calls, or more turns, than allowed
+
+
+@dataclass
+class Sequence:
+    """One append-only run of tokens that the policy saw and wrote; never re-tokenised.
+
+    All lists have one entry per token. ``own_mask`` is True where the policy wrote the token. ``behaviour_logprobs``
+    are the engine's, after temperature, and None for text that was injected; ``versions`` are the policy versions that
+    wrote each token, -1 for injected text. ``train_prompt_ids`` replaces the first ``prompt_length`` tokens in training
+    where the sampled prompt must differ from the trained one.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    own_mask: list[bool] = field(default_factory=list)
+    behaviour_logprobs: list[float | None] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    prompt_length: int = 0
+    train_prompt_ids: list[int] | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, prompt_ids: list[int]) -> Sequence:
+        """A new sequence that holds only its prompt."""
+        sequence = cls(prompt_length=len(prompt_ids))
+        sequence.append_injected(prompt_ids)
+        return sequence
+
+    def append_injected(self, ids: list[int]) -> None:
+        """Text that the policy did not write: prompts, tool results."""
+        self.token_ids += ids
+        self.own_mask += [False] * len(ids)
+        self.behaviour_logprobs += [None] * len(ids)
+        self.versions += [-1] * len(ids)
+
+    def append_own(self, ids: list[int], logprobs: list[float], versions: list[int]) -> None:
+        """Text that the policy wrote, with the engine's log-probs and the policy version of each token."""
+        if not len(ids) == len(logprobs) == len(versions):
+            raise ValueError(f"{len(ids)} tokens, {len(logprobs)} log-probs and {len(versions)} versions must be equal")
+        self.token_ids += ids
+        self.own_mask += [True] * len(ids)
+        self.behaviour_logprobs += logprobs
+        self.versions += versions
+
+    @property
+    def own_tokens(self) -> int:
+        return sum(self.own_mask)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class ToolCall:
+    """A tool call that the policy wrote. ``arguments`` is None if they were not a JSON object (see ``problem``)."""
+
+    name: str
+    arguments: dict[str, Any] | None
+    problem: str | None = None
+
+
+@dataclass
+class ToolResult:
+    """What the policy read back. ``error`` marks a value that says what was wrong with the policy's own arguments."""
+
+    call: ToolCall
+    content: str
+    error: bool
+    seconds: float
+
+
+@dataclass
+class Turn:
+    """One assistant turn, parsed. ``well_formed`` is False where tags were nested, repeated, missing or left open."""
+
+    reasoning: str
+    content: str
+    calls: list[ToolCall] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
+    well_formed: bool = True
+
+    @property
+    def thought(self) -> bool:
+        """AdaCoT's HasReasoning: the think block is not empty (arXiv 2505.11896 §2.1)."""
+        return bool(self.reasoning.strip())
+
+
+@dataclass
+class Episode:
+    """One attempt at one prompt. ``success`` is the verifier's word, kept apart from the shaped ``rewards``."""
+
+    prompt_id: str
+    group_id: str
+    sample: int = 0
+    difficulty: str = ""
+    sequences: list[Sequence] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
+    success: bool = False
+    status: Status = Status.FINISHED
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reward(self) -> float:
+        """The scalar that advantages are computed from: the sum of the named parts."""
+        return sum(self.rewards.values())
+
+    @property
+    def own_tokens(self) -> int:
+        return sum(sequence.own_tokens for sequence in self.sequences)
+
+    @property
+    def tool_results(self) -> list[ToolResult]:
+        return [result for turn in self.turns for result in turn.results]
+
+    @property
+    def answer(self) -> str:
+        """The final answer: the content of the last turn."""
+        return self.turns[-1].content if self.turns else ""
