@@ -45,8 +45,11 @@ class VllmConfig:
     def __post_init__(self) -> None:
         modes = ("in_process", "process", "http")
         require(self.mode in modes, "engine.mode", f"{self.mode!r} is not one of {', '.join(modes)}")
-        require(not self.deterministic or self.mode == "in_process", "engine.deterministic",
-                f"needs engine.mode=in_process, not {self.mode}: only there are engine batches a function of the run")
+        require(
+            not self.deterministic or self.mode == "in_process",
+            "engine.deterministic",
+            f"needs engine.mode=in_process, not {self.mode}: only there are engine batches a function of the run",
+        )
         require(self.url is None or self.mode == "http", "engine.url", f"needs engine.mode=http, not {self.mode}")
         require(self.max_num_seqs > 0, "engine.max_num_seqs", f"{self.max_num_seqs} must be at least 1")
         require(self.timeout_s > 0, "engine.timeout_s", f"{self.timeout_s} must be above 0")
@@ -68,8 +71,11 @@ class TransformersConfig:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        require(not self.deterministic, "engine.deterministic",
-                "the transformers engine takes no seed per request; use engine=vllm")
+        require(
+            not self.deterministic,
+            "engine.deterministic",
+            "the transformers engine takes no seed per request; use engine=vllm",
+        )
 
 
 @dataclass
@@ -120,10 +126,16 @@ class ArithmeticConfig:
 
     def __post_init__(self) -> None:
         require(self.size > 0, "task.size", f"{self.size} must be at least 1")
-        require(set(self.operators) <= set("+-*") and self.operators != "", "task.operators",
-                f"{self.operators!r} may hold only + - *")
-        require(set(self.mix) <= {"1", "2", "3"} and sum(self.mix.values()) > 0, "task.mix",
-                f"{dict(self.mix)} must give shares for difficulties 1, 2, 3")
+        require(
+            set(self.operators) <= set("+-*") and self.operators != "",
+            "task.operators",
+            f"{self.operators!r} may hold only + - *",
+        )
+        require(
+            set(self.mix) <= {"1", "2", "3"} and sum(self.mix.values()) > 0,
+            "task.mix",
+            f"{dict(self.mix)} must give shares for difficulties 1, 2, 3",
+        )
 
 
 @dataclass
