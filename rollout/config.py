@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from rollout.errors import UserError
@@ -169,3 +170,76 @@ class DatasetConfig:
     size: int | None = None
     test_size: int | None = None
     seed: int = 0
+
+
+@dataclass
+class SchedulerConfig:
+    """The scheduler class inside vLLM, by dotted name; None is stock. ``options`` reach it as additional_config."""
+
+    cls: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationConfig:
+    """Accuracy on the test split: one seeded sample a question at ``temperature``, and greedily."""
+
+    questions: int | None = 500  # None: the whole test split
+    temperature: float = 1.0
+    greedy: bool = True
+    samples: int = 1  # above 1: also pass@k for k up to this number
+    every: int | None = None  # training only: steps between evaluations of ``every_questions``
+    every_questions: int = 200
+    before: bool = True  # training only
+    after: bool = True  # training only
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        require(
+            self.questions is None or self.questions > 0, "evaluation.questions", f"{self.questions} must be at least 1"
+        )
+        require(self.samples > 0, "evaluation.samples", f"{self.samples} must be at least 1")
+        require(self.every is None or self.every > 0, "evaluation.every", f"{self.every} must be at least 1, or null")
+
+
+@dataclass
+class EvaluateConfig:
+    """``python -m rollout.evaluate``: a checkpoint, or a running OpenAI-compatible server by ``url``."""
+
+    checkpoint: str | None = None
+    url: str | None = None
+    model: str | None = None  # the server's name of the model; None: the only one it serves
+    run_dir: str = MISSING
+    reasoning: str = "auto"
+    concurrency: int = 32  # requests at once; url only
+    threads: int | None = None
+    task: Any = MISSING
+    engine: Any = MISSING
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        """Refuse what cannot be evaluated."""
+        require(
+            (self.checkpoint is None) != (self.url is None),
+            "checkpoint",
+            "give checkpoint=DIR or url=http://..., one of them",
+        )
+        modes = ("auto", "always", "never")
+        require(self.reasoning in modes, "reasoning", f"{self.reasoning!r} is not one of {', '.join(modes)}")
+
+
+GROUPS: dict[str, dict[str, type]] = {
+    "task": {"arithmetic": ArithmeticConfig, "gsm8k": Gsm8kConfig, "dataset": DatasetConfig},
+    "engine": {"vllm": VllmConfig, "transformers": TransformersConfig},
+}
+
+
+def register(groups: dict[str, dict[str, type]] = GROUPS) -> None:
+    """Tell Hydra the schemas: ``schema/GROUP/MEMBER`` beside the YAML files of ``conf/``."""
+    store = ConfigStore.instance()
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    for group, members in groups.items():
+        for member, schema in members.items():
+            store.store(group=f"schema/{group}", name=member, node=schema)

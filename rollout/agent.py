@@ -1,0 +1,109 @@
+"""The multi-turn loop: model ⇄ tools. One code path for training, evaluation and clients of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+from rollout.config import LimitsConfig
+from rollout.environment import Environment, Message, Row
+from rollout.episode import Episode, Status, ToolCall, ToolResult, Turn
+from rollout.tools import Tool, ToolError, call
+
+ENOUGH_MODEL_ERRORS = 400  # characters of a tool's error that the model reads
+
+
+class Speaker(Protocol):
+    """The model's side of one episode: an engine by token ids, or a server by messages."""
+
+    async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
+        """Begin: the policy reads the messages."""
+
+    async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
+        """One assistant turn of at most ``max_tokens`` own tokens: the turn, its own tokens, and if the limit cut it."""
+
+    async def read(self, episode: Episode, results: list[ToolResult]) -> None:
+        """The policy reads what its calls returned, in their order."""
+
+    async def close(self, episode: Episode) -> None:
+        """The program will not come back."""
+
+
+class EpisodeDropped(Exception):
+    """Infrastructure failed an episode beyond its retries. ``cause`` names it in counts."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
+
+
+async def run_episode(
+    row: Row, environment: Environment, speaker: Speaker, limits: LimitsConfig, group_id: str = "", sample: int = 0
+) -> Episode:
+    """Play one episode to its end and score it. Raises ``EpisodeDropped`` where infrastructure failed."""
+    episode = Episode(row.id, group_id or row.id, sample, row.difficulty)
+    try:
+        async with asyncio.timeout(limits.episode_timeout_s) as deadline:
+            messages = await environment.reset(row)
+            tools = environment.tools()
+            await speaker.open(episode, messages, tools)
+            try:
+                await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits)
+            finally:
+                await speaker.close(episode)
+            episode.rewards, episode.success = await environment.score(episode)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        detail = f"episode {row.id} was not done after {limits.episode_timeout_s:.0f} s (limits.episode_timeout_s)"
+        raise EpisodeDropped("episode_timeout", detail) from error
+    finally:
+        await environment.close()
+    return episode
+
+
+async def _converse(episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig) -> None:
+    own, calls = 0, 0
+    while True:
+        room = limits.max_new_tokens - own
+        turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
+        episode.turns.append(turn)
+        own += written
+        if cut or (turn.calls and own >= limits.max_new_tokens):
+            episode.status = Status.TRUNCATED
+            return
+        if not turn.calls:
+            return
+        calls += len(turn.calls)
+        if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
+            episode.status = Status.CALL_LIMIT
+            return
+        turn.results = list(await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls)))
+        await speaker.read(episode, turn.results)
+
+
+async def _execute(asked: ToolCall, tools: dict[str, Tool], limits: LimitsConfig) -> ToolResult:
+    """Run one call. What the model got wrong is a value; any other failure is retried, then drops the episode."""
+    start = time.monotonic()
+
+    def result(content: str, error: bool) -> ToolResult:
+        if len(content) > limits.tool_result_chars:
+            content = content[: limits.tool_result_chars] + f" … [cut at {limits.tool_result_chars} characters]"
+        return ToolResult(asked, content, error, time.monotonic() - start)
+
+    if asked.problem is not None or asked.arguments is None:
+        return result(f"error: {asked.problem}", True)
+    if asked.name not in tools:
+        return result(f"error: no tool {asked.name!r}; there are: {', '.join(tools) or 'none'}", True)
+    for attempt in range(limits.retries + 1):
+        try:
+            return result(await call(tools[asked.name], asked.arguments), False)
+        except ToolError as error:
+            return result(f"error: {str(error)[:ENOUGH_MODEL_ERRORS]}", True)
+        except Exception as error:
+            if attempt == limits.retries:
+                cause = "tool_timeout" if isinstance(error, TimeoutError) else "tool_error"
+                detail = f"tool {asked.name} failed {attempt + 1} times: {type(error).__name__}: {error}"
+                raise EpisodeDropped(cause, detail) from error
+    raise AssertionError("the loop returns or raises")

@@ -1,0 +1,140 @@
+"""Rollouts in their own asyncio thread: they play jobs and fill the buffer, or collect a list for evaluation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError as FutureCancelled
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.agent import EpisodeDropped, Speaker, run_episode
+from rollout.buffer import RolloutBuffer
+from rollout.config import LimitsConfig
+from rollout.engines.lockstep import Lockstep
+from rollout.environment import Environment, Row
+from rollout.episode import Episode
+from rollout.errors import EngineDied, UserError, WaitTimeout
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to play. ``group_id`` names the visit to the prompt, ``sample`` the member of the group."""
+
+    row: Row
+    group_id: str
+    sample: int
+
+
+class Runner:
+    """Owns the event loop in which every episode and every engine call of a run lives."""
+
+    def __init__(
+        self, environment: Callable[[], Environment], limits: LimitsConfig, lockstep: Lockstep | None = None
+    ) -> None:
+        self.environment, self.limits, self.lockstep = environment, limits, lockstep
+        self.finished = 0
+        self.own_tokens = 0
+        self._failures = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any], timeout: float, what: str) -> Any:
+        """Run a coroutine (an engine call) in the rollout loop and wait for it; the time-out names ``what``."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            if not future.done():
+                future.cancel()
+                raise WaitTimeout(f"{what} was not done after {timeout:.0f} s") from None
+            raise
+
+    def fill(self, buffer: RolloutBuffer, jobs: Iterable[Job], speaker: Callable[[], Speaker]) -> None:
+        """Play jobs whose groups the buffer expects. Returns at once; what the run cannot survive goes to ``buffer.fail``."""
+
+        def deliver(job: Job, future: Future[Episode]) -> None:
+            try:
+                buffer.add(future.result())
+            except EpisodeDropped as error:
+                buffer.drop(job.group_id, error.cause)
+                if self._failures >= self.limits.max_failures_in_a_row:
+                    buffer.fail(too_many_failures(self._failures, error))
+            except (FutureCancelled, asyncio.CancelledError):
+                buffer.drop(job.group_id, "cancelled")
+            except BaseException as error:
+                buffer.fail(error)
+
+        for job, future in self._start(list(jobs), speaker):
+            future.add_done_callback(lambda done, job=job: deliver(job, done))
+
+    def play(
+        self, jobs: Iterable[Job], speaker: Callable[[], Speaker], progress: Callable[[int], None]
+    ) -> list[Episode]:
+        """Play jobs to their end and give the episodes in the jobs' order; dropped ones are left out."""
+        episodes: list[Episode] = []
+        started = self._start(list(jobs), speaker)
+        for count, (_, future) in enumerate(started, 1):
+            try:
+                episodes.append(future.result(self.limits.episode_timeout_s * (self.limits.retries + 2)))
+            except EpisodeDropped as error:
+                if self._failures >= self.limits.max_failures_in_a_row:
+                    for _, other in started:
+                        other.cancel()
+                    raise too_many_failures(self._failures, error) from error
+            progress(count)
+        return episodes
+
+    def _start(self, jobs: list[Job], speaker: Callable[[], Speaker]) -> list[tuple[Job, Future[Episode]]]:
+        if (
+            self.lockstep is not None
+        ):  # every program is known before the first speaks: batches depend on the jobs alone
+            for job in jobs:
+                self.lockstep.enter(f"{job.group_id}/{job.sample}")
+        return [(job, asyncio.run_coroutine_threadsafe(self._play(job, speaker), self._loop)) for job in jobs]
+
+    async def _play(self, job: Job, speaker: Callable[[], Speaker]) -> Episode:
+        """Play a job; whatever went wrong outside the policy is retried, then drops the episode."""
+        try:
+            for attempt in range(self.limits.retries + 1):
+                try:
+                    environment = self.environment()
+                    episode = await run_episode(job.row, environment, speaker(), self.limits, job.group_id, job.sample)
+                    break
+                except (EpisodeDropped, EngineDied, UserError):
+                    raise
+                except Exception as error:
+                    if attempt == self.limits.retries:
+                        raise EpisodeDropped(type(error).__name__, f"{type(error).__name__}: {error}") from error
+        except EpisodeDropped:
+            self._failures += 1
+            raise
+        finally:
+            if self.lockstep is not None:
+                self.lockstep.leave(f"{job.group_id}/{job.sample}")
+        self._failures = 0
+        self.finished += 1
+        self.own_tokens += episode.own_tokens
+        return episode
+
+    def close(self) -> None:
+        """Cancel what still runs and stop the thread."""
+
+        async def cancel() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        if self._loop.is_running():
+            self.call(cancel(), 30.0, "the end of the rollouts")
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(30.0)
+
+
+def too_many_failures(count: int, last: Exception) -> UserError:
+    """The one line that stops a run whose episodes keep failing."""
+    return UserError(f"{count} episodes in a row failed (limits.max_failures_in_a_row); the last: {last}")

@@ -1,0 +1,104 @@
+"""The policy behind an engine: token ids in, token ids out, nothing is ever re-tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rollout.chat import Chat
+from rollout.engines import Engine, Sampling
+from rollout.environment import Message
+from rollout.episode import Episode, Sequence, ToolResult, Turn
+from rollout.tools import Tool
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on its parts alone, in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How every episode of a run speaks: the engine, its chat format and how to sample.
+
+    ``seed`` makes sampling a function of run, prompt, sample, turn and policy version, whatever the batch; None leaves
+    it to the engine. ``reasoning`` is the template's mode: auto, always or never.
+    """
+
+    engine: Engine
+    chat: Chat
+    sampling: Sampling
+    max_model_len: int
+    seed: int | None = None
+    reasoning: str = "auto"
+
+    def speaker(self) -> EngineSpeaker:
+        return EngineSpeaker(self)
+
+
+class EngineSpeaker:
+    """One episode's side of the conversation."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.messages: list[Message] = []
+        self.tools: list[Tool] = []
+        self.last_tool: str | None = None
+
+    async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
+        self.messages, self.tools = list(messages), tools
+        episode.sequences.append(Sequence.open(self.policy.chat.open(messages, tools, self.policy.reasoning)))
+
+    async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
+        policy, sequence = self.policy, episode.sequences[-1]
+        room = min(max_tokens, policy.max_model_len - len(sequence))
+        if room <= 0:  # what it has read fills the context: nothing more can be written
+            return Turn("", "", well_formed=False), 0, True
+        seed = None
+        if policy.seed is not None:
+            # vLLM takes 32-bit seeds on some back ends
+            seed = stable_seed(
+                policy.seed, episode.prompt_id, episode.sample, len(episode.turns), policy.engine.version
+            )
+            seed &= 0x7FFFFFFF
+        out = await policy.engine.generate(
+            sequence.token_ids,
+            replace(policy.sampling, max_tokens=room, seed=seed, stop_token_ids=tuple(policy.chat.stop_token_ids)),
+            program_id=program_id(episode),
+            tool=self.last_tool,
+        )
+        if out.finish == "abort":
+            raise InterruptedError(f"the engine aborted {program_id(episode)}")
+        sequence.append_own(out.ids, out.logprobs, out.versions)
+        sequence.extras.update(out.extras)
+        return policy.chat.parse(out.ids, policy.reasoning), len(out.ids), out.finish == "length"
+
+    async def read(self, episode: Episode, results: list[ToolResult]) -> None:
+        self.last_tool = results[-1].call.name
+        contents = [result.content for result in results]
+        if self.policy.chat.keeps_thinking:
+            episode.sequences[-1].append_injected(self.policy.chat.tool_results(contents, self.policy.reasoning))
+            return
+        # A template that strips earlier thinking rewrites history: what was sampled is one sequence, what follows another.
+        self.messages.append(assistant_message(episode.turns[-1]))
+        self.messages += [{"role": "tool", "name": r.call.name, "content": r.content} for r in results]
+        ids = self.policy.chat.open(self.messages, self.tools, self.policy.reasoning)
+        episode.sequences.append(Sequence.open(ids))
+
+    async def close(self, episode: Episode) -> None:
+        await self.policy.engine.release(program_id(episode))
+
+
+def program_id(episode: Episode) -> str:
+    """The engine's name for an episode: what scheduling and retention go by."""
+    return f"{episode.group_id}/{episode.sample}"
+
+
+def assistant_message(turn: Turn) -> Message:
+    """A parsed turn as an OpenAI message, with its reasoning."""
+    message: dict[str, Any] = {"role": "assistant", "content": turn.content, "reasoning_content": turn.reasoning}
+    if turn.calls:
+        calls = [{"name": c.name, "arguments": c.arguments or {}} for c in turn.calls]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return message

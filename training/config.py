@@ -1,0 +1,381 @@
+"""Typed schemas of a training run, and the checks that need more than one of them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from rollout import config as rollout_config
+from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, require
+
+
+@dataclass
+class ModelConfig:
+    """A Hugging Face path, or (``path`` null) a tiny Qwen3 built from these numbers with a tokenizer for the task."""
+
+    path: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    mlp: int = 384
+    vocabulary: int = 512
+    tied: bool = True
+    architecture: dict[str, Any] = field(default_factory=dict)  # config.json's numbers, for dry_run without the files
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("float32", "bfloat16"), "model.dtype", f"{self.dtype!r} is not float32 or bfloat16")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters by peft; the checkpoint is merged, the adapter lies beside it."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, "lora.rank", f"{self.rank} must be at least 1")
+
+
+@dataclass
+class BatchConfig:
+    """How a step is cut. ``max_tokens``: longest packed micro-batch; ``row_tokens``: longest packed row (CPU: short)."""
+
+    prompts: int = 32
+    minibatches: int = 1
+    epochs: int = 1
+    max_tokens: int = 8192
+    row_tokens: int | None = None
+    aggregation: str = "token"  # token (DAPO) · sequence (GRPO) · constant (Dr. GRPO)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "minibatches", "epochs", "max_tokens"):
+            require(getattr(self, name) > 0, f"batch.{name}", f"{getattr(self, name)} must be at least 1")
+        modes = ("token", "sequence", "constant")
+        require(
+            self.aggregation in modes, "batch.aggregation", f"{self.aggregation!r} is not one of {', '.join(modes)}"
+        )
+        require(self.minibatches <= self.prompts, "batch.minibatches", f"{self.minibatches} exceeds batch.prompts")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule, by their names in transformers.TrainingArguments."""
+
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "constant"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+
+
+@dataclass
+class KlConfig:
+    """Penalty towards the policy that the run started from (k3 estimator); 0 keeps no reference in memory."""
+
+    coef: float = 0.0
+
+
+@dataclass
+class UniformConfig:
+    """The same number of rollouts for every prompt."""
+
+    _target_: str = "training.budgets.Uniform"
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, "budget.samples", f"{self.samples} must be at least 1")
+
+
+@dataclass
+class GroupConfig:
+    """GRPO: rewards relative to the group's mean, over its standard deviation if ``normalize``."""
+
+    _target_: str = "training.advantages.Group"
+    normalize: bool = True
+    clip: float | None = None
+
+
+@dataclass
+class RlooConfig:
+    """Rewards relative to the mean of the other members."""
+
+    _target_: str = "training.advantages.Rloo"
+
+
+@dataclass
+class ClipConfig:
+    """PPO's clipped ratio; a higher upper bound is DAPO's clip-higher; ``dual_clip`` bounds negative advantages."""
+
+    _target_: str = "training.losses.Clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+
+
+@dataclass
+class CispoConfig:
+    """CISPO: the clipped ratio is a detached weight, so that no token loses its gradient."""
+
+    _target_: str = "training.losses.Cispo"
+    clip_high: float = 4.0
+
+
+@dataclass
+class GspoConfig:
+    """GSPO: one ratio a sequence."""
+
+    _target_: str = "training.losses.Gspo"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+@dataclass
+class NoCorrectionConfig:
+    _target_: str = "training.corrections.NoCorrection"
+
+
+@dataclass
+class TisConfig:
+    """Truncated importance sampling from the engine's log-probs to the trainer's."""
+
+    _target_: str = "training.corrections.Tis"
+    cap: float = 2.0
+
+
+@dataclass
+class TokenMaskConfig:
+    """Drop tokens whose trainer/engine ratio leaves [low, high]."""
+
+    _target_: str = "training.corrections.TokenMask"
+    low: float = 0.5
+    high: float = 2.0
+
+
+@dataclass
+class SequenceMaskConfig:
+    """Drop sequences whose mean trainer/engine ratio leaves [low, high]."""
+
+    _target_: str = "training.corrections.SequenceMask"
+    low: float = 0.5
+    high: float = 2.0
+
+
+@dataclass
+class AnchorConfig:
+    """What the ratio is taken against: the engine's log-probs, or the trainer's own before the first update."""
+
+    kind: str = "behaviour"
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("behaviour", "recomputed"), "anchor.kind", f"{self.kind!r} is not behaviour or recomputed"
+        )
+
+
+@dataclass
+class AllConfig:
+    _target_: str = "training.selection.All"
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """DAPO: resample until enough groups vary, at most ``max_rounds`` times."""
+
+    _target_: str = "training.selection.DynamicSampling"
+    max_rounds: int = 4
+
+
+@dataclass
+class DropOverlongConfig:
+    """Truncated episodes count in their group's statistics but are not trained on."""
+
+    _target_: str = "training.selection.DropOverlong"
+
+
+@dataclass
+class TaskRewardConfig:
+    _target_: str = "training.rewards.TaskReward"
+
+
+@dataclass
+class SftConfig:
+    """Supervised warm start on the task's demonstrations, by trl.SFTTrainer."""
+
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    optimizer: str = "adamw_torch"  # or muon: Muon on matrices, AdamW on the rest
+    demonstrations: int = 20_000
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        require(
+            self.optimizer in ("adamw_torch", "muon"),
+            "warm_start.optimizer",
+            f"{self.optimizer!r} is not adamw_torch or muon",
+        )
+        require(self.steps > 0, "warm_start.steps", f"{self.steps} must be at least 1; warm_start=none skips it")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; the last step is always kept
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "checkpoint.every", f"{self.every} must be at least 1")
+        require(self.keep_last > 0, "checkpoint.keep_last", f"{self.keep_last} must be at least 1")
+
+
+@dataclass
+class ProbeConfig:
+    """The gate after each weight sync: log-probs of ``sequences`` fixed texts must agree within ``bound``."""
+
+    sequences: int = 4
+    bound: float | None = None  # None: 1e-4 in float32, measured value in bfloat16
+
+
+@dataclass
+class NodeConfig:
+    """The hardware that ``dry_run`` plans for."""
+
+    gpus: int = 1
+    gpu_memory_gib: float = 80.0
+    engine_gpus: int = 0  # GPUs of the engine's own; 0: shared with the trainer (sleep and wake)
+
+
+@dataclass
+class TrainingConfig:
+    """Everything that decides a run."""
+
+    name: str = "training"
+    run_dir: str = MISSING
+    seed: int = 0
+    steps: int = 100
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    threads: int | None = None  # torch threads; None: torch's own choice
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: Any = None
+    task: Any = MISSING
+    engine: Any = MISSING
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    budget: Any = MISSING
+    advantage: Any = MISSING
+    loss: Any = MISSING
+    correction: Any = MISSING
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    selection: Any = MISSING
+    reward: Any = MISSING
+    max_staleness: int = 0
+    kl: KlConfig = field(default_factory=KlConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # any other transformers.TrainingArguments
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    warm_start: Any = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    episodes_logged: int = 8  # episodes a step written to episodes.jsonl
+    node: NodeConfig = field(default_factory=NodeConfig)
+
+    def check(self) -> None:
+        """Refuse combinations that cannot work, each in one line with its remedy."""
+        s = self.sampling
+        require(self.steps > 0, "steps", f"{self.steps} must be at least 1")
+        full = s.top_p == 1 and s.top_k == 0 and s.min_p == 0
+        key, value = next(
+            ((n, getattr(s, n)) for n, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)) if getattr(s, n) != off),
+            ("", 0),
+        )
+        require(
+            full,
+            f"sampling.{key}",
+            f"training samples the full distribution, so {value} is refused; leave it at its default",
+        )
+        require(s.temperature > 0, "sampling.temperature", "training cannot sample greedily; give a value above 0")
+        recomputed = self.anchor.kind == "recomputed"
+        require(
+            recomputed or isinstance(self.correction, NoCorrectionConfig),
+            "correction",
+            "corrects from the engine's log-probs to recomputed ones; add anchor=recomputed or take correction=none",
+        )
+        samples = getattr(self.budget, "samples", None)
+        relative = isinstance(self.advantage, GroupConfig | RlooConfig)
+        require(not (relative and samples == 1), "budget.samples", "a group of one teaches nothing; give at least 2")
+        length = self.engine.max_model_len if hasattr(self.engine, "max_model_len") else None
+        require(
+            length is None or length <= self.batch.max_tokens,
+            "batch.max_tokens",
+            f"{self.batch.max_tokens} is shorter than engine.max_model_len={length}: a whole sequence must fit",
+        )
+        require(
+            length is None or self.limits.max_new_tokens < length,
+            "limits.max_new_tokens",
+            f"{self.limits.max_new_tokens} leaves no room for a prompt in engine.max_model_len={length}",
+        )
+        require(
+            self.max_staleness == 0, "max_staleness", f"{self.max_staleness}: only 0, exactly synchronous, is built"
+        )
+        allowed = {
+            "deepspeed",
+            "fsdp",
+            "fsdp_config",
+            "bf16",
+            "gradient_checkpointing",
+            "gradient_checkpointing_kwargs",
+            "report_to",
+            "use_liger_kernel",
+            "torch_compile",
+            "logging_steps",
+            "optim",
+            "optim_args",
+        }
+        for key in self.trainer:
+            require(key in allowed, f"trainer.{key}", f"is not for users; allowed are {', '.join(sorted(allowed))}")
+
+
+GROUPS: dict[str, dict[str, type]] = {
+    "budget": {"uniform": UniformConfig},
+    "advantage": {"group": GroupConfig, "rloo": RlooConfig},
+    "loss": {"clip": ClipConfig, "cispo": CispoConfig, "gspo": GspoConfig},
+    "correction": {
+        "none": NoCorrectionConfig,
+        "tis": TisConfig,
+        "token_mask": TokenMaskConfig,
+        "sequence_mask": SequenceMaskConfig,
+    },
+    "selection": {"all": AllConfig, "dynamic_sampling": DynamicSamplingConfig, "drop_overlong": DropOverlongConfig},
+    "reward": {"task": TaskRewardConfig},
+    "lora": {"lora": LoraConfig},
+    "warm_start": {"sft": SftConfig},
+}
+
+
+def register() -> None:
+    """Tell Hydra the schemas of rollouts and training."""
+    ConfigStore.instance().store(name="training_schema", node=TrainingConfig)
+    rollout_config.register({**rollout_config.GROUPS, **GROUPS})
+
+
+def member_settings(config: Any) -> dict[str, Any]:
+    """A member's settings without its ``_target_``, as keyword arguments."""
+    items = config.items() if isinstance(config, dict) else ((f.name, getattr(config, f.name)) for f in fields(config))
+    return {key: value for key, value in items if key != "_target_"}
