@@ -1,0 +1,206 @@
+"""vLLM behind the Engine protocol: what the three members share, and the choice between them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.config import VllmConfig
+from rollout.engines import Engine, Generation, vllm_plugin
+from rollout.engines.mailbox import Request
+from rollout.engines.vllm_plugin import ACTIVE, LOG, TRANSFER
+from rollout.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, SamplingParams
+
+
+def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -> Engine:
+    """Start the member that ``config.mode`` names on a Hugging Face folder; what it prints goes to ``log_path``."""
+    check_model(model_dir)
+    if config.mode == "in_process":
+        from rollout.engines.vllm_in_process import InProcessEngine
+
+        return InProcessEngine(config, model_dir, log_path)
+    if config.mode == "process":
+        from rollout.engines.vllm_process import ProcessEngine
+
+        return ProcessEngine(config, model_dir, log_path)
+    from rollout.engines.vllm_http import HttpEngine
+
+    return HttpEngine(config, model_dir, log_path)
+
+
+def check_model(model_dir: str) -> dict[str, Any]:
+    """The model's configuration, or one line that says what the folder lacks."""
+    path = Path(model_dir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{model_dir}: no config.json here; give a folder written by save_pretrained")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); write the checkpoint again") from error
+
+
+def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
+    """vLLM's engine arguments. Call after ``environment`` was entered: it imports vLLM.
+
+    Log-probs are those of the distribution that was sampled from (``processed_logprobs``), and no default of the
+    checkpoint's generation_config may change that distribution. Chunked prefill is off where requests bring seeds:
+    vLLM 0.32's CPU runner dies on a seeded request in a chunked prefill (v1/worker/gpu_model_runner.py).
+    """
+    from vllm.platforms import current_platform
+
+    arguments: dict[str, Any] = {
+        "model": model_dir,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, config.max_model_len),
+        "block_size": config.block_size,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": config.enforce_eager,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "additional_config": dict(config.scheduler_options),
+        "weight_transfer_config": {"backend": TRANSFER},
+    }
+    if config.scheduler_cls is not None:
+        arguments["scheduler_cls"] = config.scheduler_cls
+    if current_platform.is_cpu():
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        arguments["enable_chunked_prefill"] = False
+    else:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        arguments["enable_chunked_prefill"] = not config.deterministic
+        arguments["enable_sleep_mode"] = True
+    return arguments | dict(config.extra)
+
+
+@contextlib.contextmanager
+def environment(log_path: Path | None) -> Iterator[None]:
+    """The environment in which vLLM is imported and its processes are started; put back afterwards."""
+    wanted = {
+        ACTIVE: "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two engines on one machine share the first core
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: no worker process beside the core
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if log_path is not None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        wanted |= {LOG: str(log_path.resolve()), "VLLM_CONFIGURE_LOGGING": "0"}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        if log_path is None:
+            yield
+        else:
+            vllm_plugin.log_to(wanted[LOG])
+            with stderr_to(log_path), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    """Send what C++ writes to the terminal while an engine starts to its log."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def check_prompt(ids: list[int], room: int, max_model_len: int, vocab_size: int) -> None:
+    """Refuse what would kill or silently bend the engine: prompts without room, ids outside the vocabulary."""
+    if not ids:
+        raise UserError("engine: an empty prompt; give at least one token")
+    if len(ids) + room > max_model_len:
+        raise UserError(
+            f"engine.max_model_len: {max_model_len} leaves no room after a prompt of {len(ids)} tokens; raise it"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UserError(f"engine: token id {max(ids)} or {min(ids)} lies outside the vocabulary of {vocab_size}")
+
+
+def sampling_params(request: Request) -> SamplingParams:
+    """vLLM's sampling parameters. Only ``stop_token_ids`` and ``max_tokens`` end a generation."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = request.sampling
+    extra: dict[str, Any] = {}
+    if request.tool is not None:
+        extra["tool"] = request.tool
+    if request.last_turn:
+        extra["last_turn"] = True
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+        extra_args=extra or None,
+    )
+
+
+def scoring_params() -> SamplingParams:
+    """One greedy token that nobody reads, and the log-probs of the prompt: vLLM gives these at temperature 1."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def generation(output: CompletionOutput, cached_tokens: int) -> Generation:
+    """A finished vLLM output; its weight versions are the numbers that ``update_weights`` stamped."""
+    versions: list[int] = []
+    for span in output.weight_versions or []:
+        versions += [int(span.version)] * (span.end - span.start)
+    extras = {} if output.routed_experts is None else {"routed_experts": output.routed_experts}
+    return Generation(
+        ids=list(output.token_ids),
+        logprobs=list(output.logprobs.logprobs),
+        finish=output.finish_reason,
+        versions=versions,
+        cached_tokens=cached_tokens,
+        extras=extras,
+    )

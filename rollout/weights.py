@@ -1,0 +1,112 @@
+"""Trainer to engine: one weight update, then a gate that compares both on the same tokens.
+
+A sync can report success and leave layers stale; a checksum of tensors does not see it. Log-probs do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rollout.engines import Engine
+from rollout.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Largest difference of a token's log-prob that arithmetic alone explains, by the engine's dtype. fp32: ten times what
+# tests/rollout/test_weights.py sees. bf16 keeps 8 bits: measured there too.
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}
+
+
+class SyncMismatch(RuntimeError):
+    """Engine and trainer give different log-probs after a weight sync: the rollouts would come from another policy."""
+
+
+def bound_for(dtype: str) -> float:
+    """The default bound of the gate for an engine that computes in ``dtype``."""
+    if dtype not in BOUNDS:
+        raise UserError(f"engine.dtype: no probe bound for {dtype!r}; use one of {', '.join(BOUNDS)}")
+    return BOUNDS[dtype]
+
+
+@dataclass
+class Probe:
+    """The gate. ``ids``: fixed sequences of two tokens or more; ``bound``: largest accepted difference, in nats."""
+
+    ids: list[list[int]]
+    bound: float
+
+    def __post_init__(self) -> None:
+        if not self.ids or min(len(ids) for ids in self.ids) < 2:
+            raise ValueError("a probe needs sequences of at least two tokens each")
+
+    async def check(self, engine: Engine, trainer_logprobs: list[list[float]]) -> float:
+        """Compare; gives the largest difference. Raises ``SyncMismatch`` above the bound, also for NaN.
+
+        ``trainer_logprobs[i]`` has ``len(ids[i]) - 1`` entries at temperature 1, in the order of ``Engine.score``.
+        """
+        engine_logprobs = await asyncio.gather(*(engine.score(ids) for ids in self.ids))
+        worst = 0.0
+        for ours, theirs in zip(trainer_logprobs, engine_logprobs, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                difference = abs(a - b)
+                worst = math.inf if math.isnan(difference) else max(worst, difference)
+        if worst > self.bound:
+            raise SyncMismatch(
+                f"weight sync to version {engine.version}: engine and trainer differ by {worst:.3g} nats, above the "
+                f"bound of {self.bound:.3g}; some weights did not arrive, or the two compute in different dtypes"
+            )
+        return worst
+
+
+async def sync(
+    engine: Engine,
+    stream: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    *,
+    probe: Probe | None = None,
+    trainer_logprobs: Callable[[list[list[int]]], list[list[float]]] | None = None,
+) -> float | None:
+    """Send the policy's weights as ``version`` and pass the gate; gives the probe's largest difference.
+
+    ``trainer_logprobs`` maps the probe's sequences to the trainer's own log-probs; it runs on a thread, so that
+    rollouts on this event loop go on.
+    """
+    await engine.update_weights(stream, version)
+    if probe is None:
+        return None
+    if trainer_logprobs is None:
+        raise ValueError("a probe needs trainer_logprobs to compare the engine with")
+    return await probe.check(engine, await asyncio.to_thread(trainer_logprobs, probe.ids))
+
+
+def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's weights under transformers' names, each tensor once: a tied ``lm_head`` is left to the embedding."""
+    for name, parameter in model.named_parameters():  # yields shared tensors once, under their first name
+        yield name, parameter.detach()
+
+
+def model_logprobs(model: torch.nn.Module, sequences: list[list[int]]) -> list[list[float]]:
+    """Log-probs at temperature 1 of each sequence's tokens after the first, by a plain forward pass of the model.
+
+    One sequence at a time: the reference must not depend on padding or packing.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        result = []
+        with torch.no_grad():
+            for ids in sequences:
+                tokens = torch.tensor([ids], device=device)
+                logits = model(input_ids=tokens).logits[0, :-1].float()
+                result.append(logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist())
+    finally:
+        model.train(training)
+    return result
