@@ -1,4 +1,4 @@
-"""Everything between messages and token ids, for tokenizers whose tool calls are Hermes' ``<tool_call>{json}</tool_call>``.
+"""Everything between messages and token ids, for templates that write tool calls as Hermes and Qwen do.
 
 Conversations are append-only: ``open`` gives the first prompt, ``tool_results`` what follows a turn that the policy
 wrote; nothing that stands is tokenised again.
@@ -36,7 +36,8 @@ def parse_text(text: str) -> Turn:
     A tag out of place makes the turn ill-formed and is skipped; a call inside the reasoning, or one left open, is
     no call.
     """
-    reasoning, content, calls = "", "", []
+    reasoning, content = "", ""
+    calls: list[ToolCall] = []
     inside, thought, well_formed, position = "", False, True, 0
     for match in ANY_TAG.finditer(text):
         piece, tag, position = text[position : match.start()], match.group(), match.end()
@@ -115,8 +116,9 @@ class Chat:
         self.think_id, self.think_end_id = self._single(THINK), self._single(THINK_END)
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self.end_of_turn_id = self._end_of_turn()
-        self.stop_token_ids = tuple(dict.fromkeys([self.end_of_turn_id, tokenizer.eos_token_id]))
-        self._end_of_turn_text = tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
+        stops = (self.end_of_turn_id, tokenizer.eos_token_id)
+        self.stop_token_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        self._end_of_turn_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn_id))
         self.opening = {reasoning: self._opening(reasoning) for reasoning in REASONING}
         self.opens_think = THINK in self.opening["auto"]
         self._pieces: dict[str, tuple[str, str, str] | None] = {}
@@ -179,12 +181,11 @@ class Chat:
         return MARKS[1] in self._render([*self._call(thinking), {"role": "tool", "content": "1"}], [], True)
 
     def _render(self, messages: list[Message], tools: list[Tool], prompt: bool, **kwargs: Any) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=[tool.schema for tool in tools] or None,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **kwargs,
+        schemas: list[Any] | None = [tool.schema for tool in tools] or None
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=schemas, add_generation_prompt=prompt, tokenize=False, **kwargs
+            )
         )
 
     def _prompt(self, messages: list[Message], tools: list[Tool], reasoning: str) -> str:

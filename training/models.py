@@ -1,4 +1,4 @@
-"""Policies on disk: tiny ones built from scratch, and any Hugging Face folder, loaded with errors that name the file."""
+"""Policies on disk: tiny ones built from scratch, and any Hugging Face folder, loaded with errors that name files."""
 
 from __future__ import annotations
 
@@ -108,13 +108,15 @@ def build_tiny(
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint; a UserError says what is missing."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     check_checkpoint(path, ("tokenizer_config.json",))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no usable tokenizer ({first_line(error)}); save one beside the model") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json); save one beside the model")
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: the tokenizer has no chat template; use an instruction-tuned checkpoint or add one")
     return tokenizer
@@ -152,7 +154,7 @@ def check_checkpoint(path: str | Path, names: tuple[str, ...]) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: not a whole checkpoint; copy it again or give another folder")
-    for file in [*folder.glob("*.json")]:
+    for file in folder.glob("*.json"):
         try:
             json.loads(file.read_text())
         except ValueError as error:

@@ -46,7 +46,7 @@ def is_right(answer: str, gold: int) -> bool:
 
 
 def held_out(a: int, op: str, b: int, wording: int) -> bool:
-    """Whether a question belongs to the test split: by fact, order aside where it does not matter; one-digit by text."""
+    """Whether the test split has this question: by fact, whatever the order of + and *; one-digit ones by text."""
     if max(a, b) < 10:  # one wording of each fact
         return crc32(f"{a}{op}{b}".encode()) % len(WORDINGS) == wording
     low, high = (a, b) if op == "-" else (min(a, b), max(a, b))
@@ -60,9 +60,11 @@ def steps(a: int, op: str, b: int) -> str:
     A product is the sum of the left operand times each digit of the right one.
     """
     if op == "*":
-        parts = [a * int(digit) * 10**i for i, digit in enumerate(reversed(str(b)))]
-        lines = [f"{a}*{int(digit) * 10**i}={part}" for i, (digit, part) in enumerate(zip(reversed(str(b)), parts))]
-        return "\n".join(lines + ["+".join(map(str, parts)) + f"={a * b}"] * (len(parts) > 1))
+        factors = [int(digit) * 10**i for i, digit in enumerate(reversed(str(b)))]
+        lines = [f"{a}*{factor}={a * factor}" for factor in factors]
+        if len(factors) > 1:
+            lines.append("+".join(str(a * factor) for factor in factors) + f"={a * b}")
+        return "\n".join(lines)
     high, low = (a, b) if op == "+" else (max(a, b), min(a, b))
     width, carry, lines = max(len(str(high)), len(str(low))), 0, []
     for i in range(width):

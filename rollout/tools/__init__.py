@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +85,12 @@ async def call(tool: Tool, arguments: dict[str, Any]) -> str:
     check_arguments(tool, arguments)
     if tool.is_async:
         try:
-            return str(await asyncio.wait_for(tool.function(**arguments), tool.timeout))
+            async with asyncio.timeout(tool.timeout) as limit:
+                return str(await tool.function(**arguments))  # type: ignore[misc]
         except TimeoutError as error:
-            raise WaitTimeout(f"tool {tool.name}: no result after {tool.timeout:g} s") from error
+            if limit.expired():
+                raise WaitTimeout(f"tool {tool.name}: no result after {tool.timeout:g} s") from error
+            raise
     if tool.timeout is None:
         return str(tool.function(**arguments))
     return str(await in_thread(f"tool {tool.name}", tool.timeout, tool.function, **arguments))
@@ -105,21 +109,24 @@ async def in_thread(what: str, timeout: float, function: Callable[..., Any], *ar
             setter(value)
 
     def report(setter: Callable[[Any], None], value: Any) -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, setter, value)
 
     def work() -> None:
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
+            if not isinstance(error, Exception) or isinstance(error, StopIteration):
+                error = RuntimeError(f"{what} raised {error!r}")  # these would end the event loop, not this wait
             report(future.set_exception, error)
         else:
             report(future.set_result, result)
 
     threading.Thread(target=work, name=what, daemon=True).start()
     try:
-        return await asyncio.wait_for(future, timeout)
+        async with asyncio.timeout(timeout) as limit:
+            return await future
     except TimeoutError as error:
-        if future.cancelled():
+        if limit.expired():
             raise WaitTimeout(f"{what}: no result after {timeout:g} s") from error
         raise
