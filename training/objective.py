@@ -32,8 +32,7 @@ def policy_objective(
     Args:
         logprobs, entropy: (n,) from ``token_logprobs``, with gradient.
         anchor_logprobs: (n,) of the trainer before this batch's first update, without gradient: ``anchor=recomputed``.
-            None: ``anchor=behaviour``, the engine's log-probs of the batch. The correction then has nothing left to
-            correct and must be ``NoCorrection``.
+            None: ``anchor=behaviour``, the engine's log-probs of the batch; every correction is then a factor of 1.
         reference_logprobs: (n,) of the reference policy; needed where ``kl_coef`` is not 0.
 
     Returns:
