@@ -1,0 +1,90 @@
+"""Checkpoints on disk: ordinary Hugging Face folders, whole or absent, with the run's state beside the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rollout.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STEP = re.compile(r"step-(\d+)")
+STATE = ("trainer_state.json", "stream.pt", "optimizer.pt", "scheduler.pt")
+
+
+def steps(checkpoints: Path) -> list[tuple[int, Path]]:
+    """All whole checkpoints, oldest first."""
+    found = [(int(m[1]), p) for p in checkpoints.glob("step-*") if (m := STEP.fullmatch(p.name))]
+    return sorted(found)
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest whole checkpoint; a folder that lacks a part is refused by name."""
+    found = steps(checkpoints)
+    if not found:
+        return None
+    folder = found[-1][1]
+    for name in STATE[:2]:
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: {name} is missing; delete this folder to resume from the one before it")
+    return folder
+
+
+@contextlib.contextmanager
+def folder_written_whole(target: Path) -> Iterator[Path]:
+    """Write into a folder beside ``target`` and rename it into place; on any error nothing is left behind."""
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        _flush(scratch)
+        if target.exists():  # a run that was resumed from an earlier step writes this one again
+            shutil.rmtree(target)
+        scratch.rename(target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise
+        text = str(error).partition("\n")[0]
+        raise UserError(f"cannot write {target}: {text}; free disk space, then resume=true goes on") from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(checkpoints: Path, step: int, keep_last: int) -> Iterator[Path]:
+    """A place for the checkpoint of ``step``; once it is whole, all but the last ``keep_last`` are deleted."""
+    with folder_written_whole(checkpoints / f"step-{step}") as scratch:
+        yield scratch
+    for _, folder in steps(checkpoints)[:-keep_last]:
+        shutil.rmtree(folder)
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The policy as ``from_pretrained`` and ``vllm serve`` load it. LoRA: merged, with the adapter in ``adapter/``."""
+    from training.lora import base_model, merged_weights
+
+    weights = {name: tensor.contiguous() for name, tensor in merged_weights(model)}
+    base_model(model).save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if base_model(model) is not model:
+        model.save_pretrained(folder / "adapter")
+
+
+def _flush(folder: Path) -> None:
+    """A rename must not reach the disk before what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,57 @@
+"""Low-rank adapters by peft, and weights as everything outside training knows them: merged, with plain names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training.config import LoraConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig, adapter: Path | None) -> Any:
+    """Freeze the model and give it an adapter: a new one, or the one saved in ``adapter``."""
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model, without an adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight once, under transformers' names, adapters added in. The model itself is left alone.
+
+    Merging in place and back would leave a rounding error in the frozen weights at every sync.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = base_model(model)
+    adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name or "lora_embedding" in name:
+            continue
+        module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if ".base_layer." in name else None
+        value = parameter.detach()
+        if module is not None and name.endswith(".weight"):
+            for adapter in module.active_adapters:
+                value = value + module.get_delta_weight(adapter).to(value.dtype)
+        yield name.replace(".base_layer.", "."), value

@@ -1,0 +1,151 @@
+"""One algorithm-blind loop on transformers.Trainer: a step is one optimizer step over a list of packed micro-batches.
+
+The trainer owns the loop over micro-batches and tells accelerate which is the last; it sees tokens, advantages,
+weights and a policy mask, never the algorithm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rollout.errors import UserError
+from training import checkpoint
+from training.corrections import Correction
+from training.head import token_logprobs
+from training.losses import PolicyLoss
+from training.objective import means, policy_objective, reduce
+from training.packing import MicroBatch
+from training.stream import RolloutStream, StepBatch
+
+
+@dataclass
+class Objective:
+    """The loss of a token and what it is measured against. ``reference`` gives no-gradient log-probs for the KL."""
+
+    loss: PolicyLoss
+    correction: Correction
+    recomputed: bool
+    kl_coef: float = 0.0
+    reference: Callable[[MicroBatch], torch.Tensor] | None = None
+
+
+class RolloutTrainer(Trainer):
+    """Trains the policy on a ``RolloutStream``; ``checkpoints`` is the folder that ``step-N`` folders go to."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        checkpoints: Path,
+        keep_last: int,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
+        self.objective = objective
+        self.checkpoints, self.keep_last = checkpoints, keep_last
+        self.stream: RolloutStream | None = None  # set by the builder: the stream in turn calls back for weights
+        self._metrics: dict[str, float] = {}
+        self._step_end = time.monotonic()
+
+    def get_train_dataloader(self) -> Iterator[StepBatch]:
+        """The stream itself: no prefetching, so that a step's rollouts are made after the step before it."""
+        if self.stream is None:
+            raise ValueError("set trainer.stream before train()")
+        return self.stream
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: StepBatch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of all micro-batches; the gradient is that of the sum of their losses over all ranks."""
+        start = time.monotonic()
+        model.train()
+        micro_batches, anchors = inputs["micro_batches"], inputs["anchors"]
+        total = torch.zeros((), device=self.args.device)
+        stats = []
+        for i, micro_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            waits = not last and not self.is_deepspeed_enabled
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                with self.compute_loss_context_manager():
+                    anchor = None if anchors is None else anchors[i].to(self.args.device)
+                    loss, part = self._loss(model, micro_batch.to(self.args.device), anchor)
+                # Data-parallel wrappers average gradients over processes; our weights already divide by all tokens.
+                scale = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss * self.accelerator.num_processes, **scale)
+            total += loss.detach()
+            stats.append(part)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        if not math.isfinite(total.item()):
+            raise UserError(
+                f"the loss of step {self.state.global_step + 1} is {total.item()}; the last checkpoint is untouched: "
+                "lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
+            )
+        self._metrics = dict(inputs["metrics"])
+        self._metrics["time/train"] = time.monotonic() - start
+        if stats:
+            policy = means(reduce(stats))
+            del policy["loss"]  # Trainer logs it
+            self._metrics |= {f"policy/{name}": value for name, value in policy.items()}
+        return total
+
+    def _loss(
+        self, model: torch.nn.Module, micro_batch: MicroBatch, anchor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs, entropy = token_logprobs(model, micro_batch)
+        objective = self.objective
+        if objective.recomputed and anchor is None:
+            anchor = logprobs.detach()  # the only step of its round: the policy is still the one that sampled
+        return policy_objective(
+            logprobs,
+            entropy,
+            micro_batch,
+            loss=objective.loss,
+            correction=objective.correction,
+            anchor_logprobs=anchor,
+            reference_logprobs=objective.reference(micro_batch) if objective.reference else None,
+            kl_coef=objective.kl_coef,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """The trainer's own log-probs of the policy's tokens: what ``anchor=recomputed`` measures ratios against."""
+        with self.compute_loss_context_manager():
+            return [token_logprobs(self.model_wrapped, m.to(self.args.device))[0].cpu() for m in micro_batches]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the stream and the objective measured to each step's row."""
+        if "loss" in logs:
+            now = time.monotonic()
+            logs = {**logs, **self._metrics, "time/step": now - self._step_end}
+            self._step_end = now
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Everything that a run is, whole or not at all: written beside its place and renamed into it."""
+        with checkpoint.writing(self.checkpoints, self.state.global_step, self.keep_last) as folder:
+            checkpoint.save_policy(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            torch.save(self.stream.state_dict(), folder / "stream.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The model was built from the checkpoint's own folder; only a sharded one must read it again."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
