@@ -13,7 +13,7 @@ from rollout.errors import UserError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``template``: source of the chat template, empty if there is none. ``added_tokens``: strings that are one token."""
+    """``template``: source of the chat template, or empty. ``added_tokens``: strings that are one token."""
 
     path: Path
     model_type: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rollout.errors import UserError
 from serving.reasoning import CLOSE_TAG, OPEN_TAG
 
 OURS = "turnstile"  # serving.reasoning_parser
@@ -12,7 +13,7 @@ OURS = "turnstile"  # serving.reasoning_parser
 
 @dataclass(frozen=True)
 class Parsers:
-    """vLLM's parser names, None where there is none. ``template`` replaces the checkpoint's own where that is wrapped."""
+    """vLLM's names of parsers, or None. ``template`` replaces the checkpoint's own where that is wrapped."""
 
     tool: str | None
     reasoning: str | None
@@ -36,7 +37,13 @@ TOOL_FORMATS: tuple[tuple[str, str], ...] = (
     (r"<tool_call>", "hermes"),
 )
 # Model families whose template does not tell, or shares a format with others.
-TOOL_FAMILIES = {"llama4": "llama4_pythonic", "granite": "granite", "granitemoe": "granite", "ernie4_5_moe": "ernie45"}
+TOOL_FAMILIES = {
+    "llama4": "llama4_pythonic",
+    "lfm2": "lfm2",
+    "granite": "granite",
+    "granitemoe": "granite",
+    "ernie4_5_moe": "ernie45",
+}
 REASONING_FAMILIES = {
     "gpt_oss": "openai_gptoss",
     "nemotron_h": "nemotron_v3",
@@ -53,8 +60,8 @@ REASONING_FAMILIES = {
 
 def choose(template: str, model_type: str, added_tokens: frozenset[str]) -> Parsers:
     """Parsers for a chat template's source, config.json's ``model_type`` and the strings that are single tokens."""
-    reasoning = reasoning_parser(template, model_type, added_tokens)
-    wrapped = reasoning == OURS and not takes(template, "reasoning")
+    reasoning = reasoning_parser(model_type, added_tokens)
+    wrapped = reasoning == OURS and template and not takes(template, "reasoning")
     return Parsers(tool_parser(template, model_type), reasoning, with_modes(template) if wrapped else None)
 
 
@@ -69,35 +76,40 @@ def tool_parser(template: str, model_type: str) -> str | None:
     return TOOL_FAMILIES.get(model_type)
 
 
-def reasoning_parser(template: str, model_type: str, added_tokens: frozenset[str]) -> str | None:
-    """Ours where a ChatML template has a switch for thinking, else the family's, else deepseek_r1 for plain tags."""
-    tags = OPEN_TAG in template and CLOSE_TAG in template
-    single = {OPEN_TAG, CLOSE_TAG} <= added_tokens
-    if tags and single and takes(template, "reasoning"):
-        return OURS
+def reasoning_parser(model_type: str, added_tokens: frozenset[str]) -> str | None:
+    """The family's where it has one of its own, else ours where both tags are single tokens."""
     if model_type in REASONING_FAMILIES:
         return REASONING_FAMILIES[model_type]
-    if tags and single and takes(template, "enable_thinking") and "<|im_start|>" in template:
-        return OURS
-    return "deepseek_r1" if single and OPEN_TAG in template else None
+    return OURS if {OPEN_TAG, CLOSE_TAG} <= added_tokens else None
 
 
 def takes(template: str, variable: str) -> bool:
     """Whether the template reads a variable of that name from outside."""
-    from jinja2 import Environment, meta
+    from jinja2 import Environment, TemplateSyntaxError, meta
 
-    return variable in meta.find_undeclared_variables(
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    )
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag: it only marks
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except TemplateSyntaxError as error:
+        raise UserError(f"checkpoint: its chat template is not valid Jinja (line {error.lineno}: {error})") from None
+    return variable in meta.find_undeclared_variables(tree)
 
 
 def with_modes(template: str) -> str:
-    """A template with ``enable_thinking`` that takes ``reasoning`` too: never is false, always opens ``<think>`` as well."""
+    """The template with ``reasoning`` on top: its own ``enable_thinking`` where it has that, else by opening tags.
+
+    always ends the prompt inside ``<think>``, never behind an empty block; auto and no value change nothing.
+    """
     return (
         "{%- if reasoning is defined and reasoning not in ['auto', 'always', 'never'] %}"
         "{{- raise_exception('reasoning must be auto, always or never') }}{%- endif %}"
         "{%- if reasoning in ['always', 'never'] %}{%- set enable_thinking = reasoning == 'always' %}{%- endif %}"
         "{%- set turns %}" + template + "{%- endset %}{{- turns }}"
-        "{%- if add_generation_prompt and reasoning == 'always' and not turns.rstrip().endswith('" + OPEN_TAG + "') %}"
-        "{{- '" + OPEN_TAG + "\\n' }}{%- endif %}"
+        "{%- if add_generation_prompt and reasoning in ['always', 'never'] %}"
+        "{%- set opened = turns.rstrip().endswith('<think>') %}"
+        "{%- set answered = turns.rstrip().endswith('</think>') %}"
+        "{%- if reasoning == 'always' and not opened %}{{- '<think>\\n' }}"
+        "{%- elif reasoning == 'never' and not answered %}"
+        "{{- '</think>\\n\\n' if opened else '<think>\\n\\n</think>\\n\\n' }}"
+        "{%- endif %}{%- endif %}"
     )

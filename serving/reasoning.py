@@ -35,22 +35,22 @@ def prompt_start(prompt: str) -> Start:
     return Start.CHOOSES
 
 
-def split(text: str, start: Start) -> Split:
-    """Cut an assistant turn, whole or as far as it is written, into reasoning and content.
+def split(text: str, start: Start, *, whole: bool = False) -> Split:
+    """Cut an assistant turn, ``whole`` or as far as it is written, into reasoning and content.
 
-    As ``text`` grows, both parts only grow, so a stream is the difference of two calls. The newline after ``<think>`` and
-    those after ``</think>`` are framing. A turn that neither opens ``<think>`` nor was given it is content.
+    As ``text`` grows, both parts only grow, so a stream is the difference of two calls. The newline after ``<think>``
+    and those after ``</think>`` are framing. A turn that neither opens ``<think>`` nor was given it is content.
     """
     if start is Start.ANSWER:
         return Split("", text, True)
     if start is Start.CHOOSES:
         opened = text.lstrip()
         if not opened.startswith(OPEN_TAG):
-            undecided = OPEN_TAG.startswith(opened)
+            undecided = OPEN_TAG.startswith(opened) and not whole
             return Split("", "" if undecided else text, not undecided)
         text = opened.removeprefix(OPEN_TAG)
     reasoning, closed, content = text.partition(CLOSE_TAG)
-    if not closed:
+    if not closed and not whole:
         reasoning = reasoning[: len(reasoning) - _partial_tag(reasoning)]
     content = content.lstrip("\n")
     return Split(reasoning.removeprefix("\n"), content, content != "")

@@ -2,7 +2,7 @@
 
 Stock parsers read one of the three modes wrongly: without streaming they never see the prompt, so after a prompt that
 ends with ``<think></think>`` they take the whole answer for thinking (deepseek_r1, qwen3); and in a second turn
-deepseek_r1 takes the ``</think>`` of the first for its own. Here the request's template arguments say where the turn starts.
+deepseek_r1 takes the ``</think>`` of the first for its own. Here the request's template arguments say where it starts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TurnstileReasoningParser(BaseThinkingReasoningParser):
         return self.end_token_id in delta_ids if self.last is None else self.last.ended
 
     def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
-        reasoning, content, _ = split(model_output, self.start)
+        reasoning, content, _ = split(model_output, self.start, whole=True)
         return reasoning or None, content or None
 
     def extract_reasoning_streaming(

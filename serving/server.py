@@ -30,7 +30,7 @@ def free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"port: {host}:{port} cannot be used ({error.strerror or error}); choose another with port=..., or port=0"
+                f"port: {host}:{port} cannot be used ({error.strerror or error}); give another port=..., or port=0"
             ) from None
         return int(probe.getsockname()[1])
 
@@ -60,7 +60,7 @@ class Server:
             )
 
     def wait_ready(self, timeout: float, waiting: Callable[[float], None]) -> None:
-        """Return once /health answers; ``waiting(seconds)`` is called meanwhile. EngineDied, or WaitTimeout, otherwise."""
+        """Return once /health answers, else raise EngineDied or WaitTimeout; calls ``waiting(seconds)`` meanwhile."""
         start = time.monotonic()
         while not self._healthy():
             seconds = time.monotonic() - start
