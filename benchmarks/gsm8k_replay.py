@@ -31,7 +31,7 @@ def turns_of(chat: Chat, ids: list[int], own: list[bool]) -> list[Turn]:
 
 def survives(chat: Chat, shown: Demonstration, ids: list[int], turns: list[Turn]) -> bool:
     """The tokens decode to the rendered conversation, and each turn parses to the message it came from."""
-    rendered = chat.tokenizer.apply_chat_template(shown.messages, tokenize=False).removesuffix("\n")
+    rendered = str(chat.tokenizer.apply_chat_template(shown.messages, tokenize=False)).removesuffix("\n")
     messages = [message for message in shown.messages if message["role"] == "assistant"]
     return (
         chat.tokenizer.decode(ids, skip_special_tokens=False) == rendered

@@ -100,8 +100,9 @@ class Chat:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._name = tokenizer.name_or_path or "this tokenizer"
         if tokenizer.chat_template is None:
-            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one or use another")
+            raise UserError(f"{self._name}: the tokenizer has no chat template; add one or use another")
         from jinja2 import Environment, meta
 
         self.tokenizer = tokenizer
@@ -114,7 +115,10 @@ class Chat:
             environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
         )
         self.think_id, self.think_end_id = self._single(THINK), self._single(THINK_END)
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        added = [
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in TAGS
+        ]
+        self._special_ids = frozenset(added) | {i for i in tokenizer.all_special_ids if i not in self._tag_ids()}
         self.end_of_turn_id = self._end_of_turn()
         stops = (self.end_of_turn_id, tokenizer.eos_token_id)
         self.stop_token_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
@@ -128,6 +132,11 @@ class Chat:
 
     def open(self, messages: list[Message], tools: list[Tool], reasoning: str = "auto") -> list[int]:
         """The prompt of a first turn."""
+        if tools and not self._reads_own_calls:
+            raise UserError(
+                f"{self._name}: its chat template does not write tool calls as <tool_call>{{json}}</tool_call>, so "
+                "they could not be read back; use a checkpoint in Hermes' or Qwen3's format, or a task without tools"
+            )
         return self.encode(self._prompt(messages, tools, reasoning))
 
     def tool_results(self, contents: list[str], reasoning: str = "auto") -> list[int]:
@@ -175,18 +184,25 @@ class Chat:
         return ids, own
 
     @cached_property
+    def _reads_own_calls(self) -> bool:
+        text = self._render(self._call(), [], False)
+        return ToolCall("tool", {"x": 1}) in parse_text(text.rpartition(MARKS[0])[2]).calls
+
+    @cached_property
     def keeps_thinking(self) -> bool:
         """Whether thinking stays in the prompt when tool results follow it."""
         thinking = f"{THINK}\n{MARKS[1]}\n{THINK_END}\n\n"
         return MARKS[1] in self._render([*self._call(thinking), {"role": "tool", "content": "1"}], [], True)
 
     def _render(self, messages: list[Message], tools: list[Tool], prompt: bool, **kwargs: Any) -> str:
+        from jinja2 import TemplateError
+
         schemas: list[Any] | None = [tool.schema for tool in tools] or None
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tools=schemas, add_generation_prompt=prompt, tokenize=False, **kwargs
-            )
-        )
+        settings = {"add_generation_prompt": prompt, "tokenize": False, **kwargs}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tools=schemas, **settings))
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"{self._name}: its chat template refuses the conversation: {error}") from error
 
     def _prompt(self, messages: list[Message], tools: list[Tool], reasoning: str) -> str:
         """The rendered prompt, made to think or not by the template where it knows how, else by its opening tags."""
@@ -194,15 +210,14 @@ class Chat:
             raise UserError(f"reasoning: {reasoning!r} is not one of {', '.join(REASONING)}")
         if "reasoning" in self._variables:
             return self._render(messages, tools, True, reasoning=reasoning)
-        if reasoning == "never" and "enable_thinking" in self._variables:
-            return self._render(messages, tools, True, enable_thinking=False)
-        text = self._render(messages, tools, True)
-        opened = text.rstrip().endswith(THINK)
-        if reasoning == "auto" or (reasoning == "always" and opened):
-            return text
-        if reasoning == "always":
+        switch = {} if reasoning == "auto" else {"enable_thinking": reasoning == "always"}  # Qwen's name
+        text = self._render(messages, tools, True, **switch)
+        opened, closed = (text.rstrip().endswith(tag) for tag in (THINK, THINK_END))
+        if reasoning == "always" and not opened:
             return f"{text}{THINK}\n"
-        return f"{text}{THINK_END}\n\n" if opened else f"{text}{THINK}\n\n{THINK_END}\n\n"
+        if reasoning == "never" and not closed:
+            return f"{text}{THINK_END}\n\n" if opened else f"{text}{THINK}\n\n{THINK_END}\n\n"
+        return text
 
     def _opening(self, reasoning: str) -> str:
         text = self._prompt([{"role": "user", "content": MARKS[0]}], [], reasoning)
@@ -214,7 +229,7 @@ class Chat:
         text = self._render(messages, tools, False)
         if not text.startswith(prompt):
             raise UserError(
-                f"{self.tokenizer.name_or_path}: its chat template does not continue its own prompt when it renders an "
+                f"{self._name}: its chat template does not continue its own prompt when it renders an "
                 "assistant turn, so demonstrations cannot be built; use a template that does"
             )
         written = text[len(prompt) :]
@@ -226,17 +241,17 @@ class Chat:
 
     def _call(self, content: str = "") -> list[Message]:
         calls = [tool_call("tool", {"x": 1})]
-        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": content, "tool_calls": calls}]
+        return [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": content, "tool_calls": calls}]
 
     def _tool_text(self, contents: list[str], reasoning: str) -> str:
         """Rendered by the template after a stand-in turn, and cut after that turn's stop token."""
         conversation = self._call()
-        marked = self._render([*conversation, {"role": "tool", "content": MARKS[0]}], [], False)
-        head, mark, _ = marked.partition(MARKS[0])
+        marked = self._render([*conversation, {"role": "tool", "content": MARKS[2]}], [], False)
+        head, mark, _ = marked.partition(MARKS[2])
         start = head.rfind(self._end_of_turn_text)
         if not mark or start < 0:
             raise UserError(
-                f"{self.tokenizer.name_or_path}: its chat template does not show tool results after an assistant turn; "
+                f"{self._name}: its chat template does not show tool results after an assistant turn; "
                 "use a template that knows role=tool"
             )
         results = [{"role": "tool", "content": content} for content in contents]
@@ -251,6 +266,9 @@ class Chat:
                 return None
         return before, between, after
 
+    def _tag_ids(self) -> set[int | None]:
+        return {self._single(tag) for tag in TAGS}
+
     def _single(self, tag: str) -> int | None:
         ids = self.encode(tag)
         return ids[0] if len(ids) == 1 else None
@@ -263,6 +281,6 @@ class Chat:
             if token_id in self._special_ids:
                 return token_id
         raise UserError(
-            f"{self.tokenizer.name_or_path}: its chat template ends assistant turns with no special token, so the end "
+            f"{self._name}: its chat template ends assistant turns with no special token, so the end "
             "of a turn cannot be told; use another template"
         )
