@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,15 +38,25 @@ def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -
     return HttpEngine(config, model_dir, log_path)
 
 
-def check_model(model_dir: str) -> dict[str, Any]:
-    """The model's configuration, or one line that says what the folder lacks."""
+def check_model(model_dir: str) -> int:
+    """The size of the model's vocabulary, or one line that says what the folder lacks."""
     path = Path(model_dir) / "config.json"
     if not path.exists():
         raise UserError(f"{model_dir}: no config.json here; give a folder written by save_pretrained")
     try:
-        return json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); write the checkpoint again") from error
+    return int(fields.get("text_config", fields)["vocab_size"])
+
+
+def last_words(log_path: Path | None) -> str:
+    """The last line of an engine's log that says something, for the message of its death."""
+    if log_path is None or not log_path.exists():
+        return "no log was kept"
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines()[-200:]]
+    errors = [line for line in lines if re.search(r"(Error|Exception): \S", line)]
+    return f"{(errors or lines or ['its log is empty'])[-1][-300:]} (see {log_path})"
 
 
 def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
@@ -87,11 +98,10 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
     return arguments | dict(config.extra)
 
 
-@contextlib.contextmanager
-def environment(log_path: Path | None) -> Iterator[None]:
-    """The environment in which vLLM is imported and its processes are started; put back afterwards."""
+def variables(log_path: Path | None) -> dict[str, str]:
+    """Environment variables under which vLLM must be imported and its processes started."""
     wanted = {
-        ACTIVE: "1",
+        ACTIVE: str(os.getpid()),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two engines on one machine share the first core
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: no worker process beside the core
         "VLLM_NO_USAGE_STATS": "1",
@@ -99,6 +109,13 @@ def environment(log_path: Path | None) -> Iterator[None]:
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         wanted |= {LOG: str(log_path.resolve()), "VLLM_CONFIGURE_LOGGING": "0"}
+    return wanted
+
+
+@contextlib.contextmanager
+def environment(log_path: Path | None) -> Iterator[None]:
+    """Those variables for the length of an engine's start, with its noise in the log."""
+    wanted = variables(log_path)
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
@@ -115,6 +132,17 @@ def environment(log_path: Path | None) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn vLLM's refusal of a configuration (a pydantic report of many lines) into one line."""
+    try:
+        yield
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error" in line.lower() and "validation error" not in line), lines[-1])
+        raise UserError(f"engine: vLLM refuses these settings: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -144,50 +172,48 @@ def check_prompt(ids: list[int], room: int, max_model_len: int, vocab_size: int)
         raise UserError(f"engine: token id {max(ids)} or {min(ids)} lies outside the vocabulary of {vocab_size}")
 
 
-def sampling_params(request: Request) -> SamplingParams:
-    """vLLM's sampling parameters. Only ``stop_token_ids`` and ``max_tokens`` end a generation."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+def sampling_fields(request: Request) -> dict[str, Any]:
+    """vLLM's sampling parameters. Only ``stop_token_ids`` and ``max_tokens`` end a generation.
 
+    ``tool`` and ``last_turn`` travel as ``extra_args`` to the scheduler, beside the program's id as ``session_id``.
+    """
     sampling = request.sampling
     extra: dict[str, Any] = {}
     if request.tool is not None:
         extra["tool"] = request.tool
     if request.last_turn:
         extra["last_turn"] = True
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
-        extra_args=extra or None,
-    )
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+        "extra_args": extra or None,
+    }
 
 
-def scoring_params() -> SamplingParams:
-    """One greedy token that nobody reads, and the log-probs of the prompt: vLLM gives these at temperature 1."""
+# One greedy token that nobody reads, and the log-probs of the prompt: vLLM gives these at temperature 1.
+SCORING_FIELDS: dict[str, Any] = {
+    "max_tokens": 1,
+    "temperature": 0.0,
+    "prompt_logprobs": 0,
+    "ignore_eos": True,
+    "detokenize": False,
+}
+
+
+def sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    """The object for engines that are called without HTTP: one output at the end, in vLLM's cheapest format."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        prompt_logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        ignore_eos=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
-    )
+    return SamplingParams(**fields, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
 
 
 def generation(output: CompletionOutput, cached_tokens: int) -> Generation:

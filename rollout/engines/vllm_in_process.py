@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.config import VllmConfig
-from rollout.engines import Generation, PauseMode, Sampling
+from rollout.engines import Generation, PauseMode, Sampling, vllm_plugin
 from rollout.engines.mailbox import Outbox, Request, within
 from rollout.engines.vllm import (
+    SCORING_FIELDS,
+    check_model,
     check_prompt,
     engine_arguments,
     environment,
     generation,
+    refusals,
+    sampling_fields,
     sampling_params,
-    scoring_params,
 )
 from rollout.errors import EngineDied, UserError
 
@@ -51,6 +54,7 @@ class InProcessEngine:
             raise UserError("engine.mode: one in_process engine lives here already; close it, or use mode=process")
         self.config = config
         self.version = 0
+        self._vocab_size = check_model(model_dir)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox = Outbox()
         self._running: dict[str, Running] = {}  # by external request id
@@ -182,7 +186,6 @@ class InProcessEngine:
         try:
             try:
                 self._engine = start(self.config, model_dir, log_path)
-                self._vocab_size = self._engine.model_config.get_vocab_size()
             except BaseException as error:
                 started.set_exception(error)
                 return
@@ -226,7 +229,7 @@ class InProcessEngine:
             running.internal_id = self._engine.add_request(
                 external_id,
                 {"type": "token", "prompt_token_ids": ids},
-                scoring_params() if request is None else sampling_params(request),
+                sampling_params(SCORING_FIELDS if request is None else sampling_fields(request)),
                 priority=0 if request is None else request.priority,
                 session_id=None if request is None else request.program_id,
             )
@@ -302,11 +305,12 @@ class InProcessEngine:
 
 def start(config: VllmConfig, model_dir: str, log_path: Path | None) -> LLMEngine:
     """vLLM's engine with its core in this process."""
-    with environment(log_path):
+    with environment(log_path), refusals():
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
+        vllm_plugin.register()  # vLLM calls it once per process, perhaps before this engine
         vllm_config = EngineArgs(**engine_arguments(config, model_dir)).create_engine_config()
         engine = LLMEngine(vllm_config, Executor.get_class(vllm_config), log_stats=False, multiprocess_mode=False)
     engine.set_weight_version("0")

@@ -4,14 +4,16 @@ vLLM on CPU repacks linear weights into closures and empties the parameters (``d
 later weight update reports success and leaves them stale. Here the weight stays and every product reads it.
 
 ``register`` is a ``vllm.general_plugins`` entry point: vLLM calls it in each of its processes, also in those that have
-nothing to do with us. It therefore does nothing unless ``TURNSTILE_ENGINE`` is set, which only our engines do.
+nothing to do with us. It therefore does nothing unless ``TURNSTILE_ENGINE`` is set, which only our engines do: to the
+process id of their owner.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
+import threading
+import time
 
 ACTIVE = "TURNSTILE_ENGINE"
 LOG = "TURNSTILE_ENGINE_LOG"
@@ -20,11 +22,14 @@ TRANSFER = "turnstile_file"  # the name of our weight transfer back end in vLLM
 
 def register() -> None:
     """Called by vLLM in every process; vLLM may call it more than once."""
-    if not os.environ.get(ACTIVE):
+    owner = os.environ.get(ACTIVE)
+    if not owner:
         return
-    if os.environ.get(LOG) and multiprocessing.parent_process() is not None:
-        log_to(os.environ[LOG])
-        print_to(os.environ[LOG])
+    if owner != str(os.getpid()):
+        die_with_parent()
+        if os.environ.get(LOG):
+            log_to(os.environ[LOG])
+            print_to(os.environ[LOG])
     keep_weights()
     sample_eagerly()
     register_transfer()
@@ -72,6 +77,18 @@ def sample_eagerly() -> None:
     for module, name in ((sampler, "batched_count_greater_than"), (topk_topp_sampler, "compiled_random_sample")):
         function = getattr(module, name)
         setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
+
+
+def die_with_parent() -> None:
+    """End this process within seconds of its parent: a killed trainer must leave no engine behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="turnstile-parent", daemon=True).start()
 
 
 def log_to(path: str) -> None:

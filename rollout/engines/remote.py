@@ -1,0 +1,199 @@
+"""What engines outside this process share: an event loop on a thread of its own, the weight update, the time-outs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.config import VllmConfig
+from rollout.engines import Generation, PauseMode, Sampling
+from rollout.engines.mailbox import Request, within
+from rollout.engines.vllm import check_model, check_prompt, last_words
+from rollout.errors import EngineDied
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a large model never lies in memory twice
+
+
+class RemoteEngine:
+    """An ``Engine`` whose coroutines run on the engine's own loop, so that callers may use any loop.
+
+    A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone.
+    """
+
+    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
+        self.config = config
+        self.version = 0
+        self.log_path = log_path
+        self._vocab_size = check_model(model_dir)
+        self._programs: dict[str, str] = {}  # running request → its program
+        self._ids = itertools.count()
+        self._paused = False
+        self._closed = False
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    # --- one request -------------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: Request, request_id: str) -> Generation:
+        raise NotImplementedError
+
+    async def _score(self, ids: list[int], request_id: str) -> list[float]:
+        raise NotImplementedError
+
+    async def _abort(self, request_ids: list[str]) -> None:
+        raise NotImplementedError
+
+    # --- the engine --------------------------------------------------------------------------------------------------
+
+    async def _set_paused(self, mode: PauseMode | None) -> None:
+        raise NotImplementedError
+
+    async def _load(self, files: Iterator[Path], version: int) -> None:
+        """Load safetensors files, each of which lives until the next is asked for, and drop the prefix cache."""
+        raise NotImplementedError
+
+    async def _sleep(self, level: int) -> None:
+        raise NotImplementedError
+
+    async def _wake(self, tags: list[str] | None) -> None:
+        raise NotImplementedError
+
+    async def _health(self) -> None:
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        """End the other side; blocks."""
+        raise NotImplementedError
+
+    # --- callers -----------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        program_id: str,
+        tool: str | None = None,
+        last_turn: bool = False,
+        priority: int = 0,
+    ) -> Generation:
+        check_prompt(ids, 1, self.config.max_model_len, self._vocab_size)
+        request_id = str(next(self._ids))
+        self._programs[request_id] = program_id
+        request = Request(ids, sampling, program_id, tool, last_turn, priority)
+        try:
+            result = await self._call(
+                self._generate(request, request_id), f"vLLM to write up to {sampling.max_tokens} tokens"
+            )
+        finally:
+            del self._programs[request_id]
+        self._counts["requests"] += 1
+        self._counts["prompt_tokens"] += len(ids)
+        self._counts["cached_tokens"] += result.cached_tokens
+        self._counts["generated_tokens"] += len(result.ids)
+        return result
+
+    async def score(self, ids: list[int]) -> list[float]:
+        check_prompt(ids, 1, self.config.max_model_len, self._vocab_size)
+        return await self._call(self._score(ids, str(next(self._ids))), f"vLLM to score {len(ids)} tokens")
+
+    async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
+        with contextlib.closing(weight_files(stream)) as files:
+            await self._call(self._update(files, version), f"weights of version {version} to load")
+        self.version = version
+
+    async def _update(self, files: Iterator[Path], version: int) -> None:
+        frozen = not self._paused
+        if frozen:
+            await self._set_paused("keep")
+        await self._load(files, version)
+        if frozen:
+            await self._set_paused(None)
+
+    async def pause(self, mode: PauseMode = "wait") -> None:
+        """``abort`` ends what runs, ``wait`` lets it end, ``keep`` freezes it. New requests wait for ``resume``."""
+        await self._call(self._set_paused(mode), "running requests to end before a pause")
+        self._paused = True
+
+    async def resume(self) -> None:
+        await self._call(self._set_paused(None), "the engine to resume")
+        self._paused = False
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give memory back (a no-op on CPU). Running requests are aborted."""
+        await self._call(self._sleep(level), "the engine to sleep")
+
+    async def wake(self, tags: list[str] | None = None) -> None:
+        await self._call(self._wake(tags), "the engine to wake")
+
+    async def abort(self, program_id: str) -> None:
+        running = [request_id for request_id, program in self._programs.items() if program == program_id]
+        if running:
+            await self._call(self._abort(running), "an abort")
+
+    async def release(self, program_id: str) -> None:
+        """Nothing is kept per program unless the scheduler does, and that learns of the end by ``last_turn``."""
+
+    async def stats(self) -> dict[str, float]:
+        """Counts of this client since the start, and how many of its requests run now."""
+        return {**self._counts, "running": len(self._programs)}
+
+    async def health(self) -> None:
+        await self._call(self._health(), "a sign of life")
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._stop)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join)
+        self._loop.close()
+
+    async def _call(self, coroutine: Coroutine[Any, Any, Any], what: str) -> Any:
+        """Run on the engine's loop. A caller that is cancelled or runs out of time cancels it there, which aborts."""
+        if self._closed:
+            coroutine.close()
+            raise EngineDied("the vLLM engine was closed")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return await within(asyncio.wrap_future(future), self.config.timeout_s, what)
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run on the engine's loop and block, while this object is being built."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(self.config.timeout_s)
+
+    def _died(self, error: BaseException | str) -> EngineDied:
+        return EngineDied(f"the vLLM engine died: {error or 'no reason given'}; last said: {last_words(self.log_path)}")
+
+
+def weight_files(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Path]:
+    """Write named tensors to safetensors files in shared memory, one at a time; each is removed after use."""
+    from safetensors.torch import save_file
+
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=shared if shared.is_dir() else None) as folder:
+        path = Path(folder) / "weights.safetensors"
+        chunk: dict[str, torch.Tensor] = {}
+        size = 0
+        for name, tensor in stream:
+            chunk[name] = tensor.detach().to("cpu").contiguous()
+            size += tensor.nbytes
+            if size >= CHUNK_BYTES:
+                save_file(chunk, path)
+                yield path
+                chunk, size = {}, 0
+        if chunk:
+            save_file(chunk, path)
+            yield path
