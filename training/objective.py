@@ -23,6 +23,7 @@ def policy_objective(
     anchor_logprobs: torch.Tensor | None,
     reference_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = True,
     entropy_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Stats]:
     """Sum over own tokens of weight x (correction x policy loss + kl_coef x KL - entropy_coef x entropy).
@@ -34,6 +35,8 @@ def policy_objective(
         anchor_logprobs: (n,) of the trainer before this batch's first update, without gradient: ``anchor=recomputed``.
             None: ``anchor=behaviour``, the engine's log-probs of the batch; every correction is then a factor of 1.
         reference_logprobs: (n,) of the reference policy; needed where ``kl_coef`` is not 0.
+        kl_unbiased: multiply k3 by the token's ratio to the anchor, with gradient: only then is the gradient that of
+            KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556 §3.1; TRL's ``use_bias_correction_kl``).
 
     Returns:
         The loss, a scalar with gradient, and detached float64 scalars: sums over own tokens, their number ``tokens``,
@@ -51,6 +54,8 @@ def policy_objective(
     per_token = policy * factors
     if reference_logprobs is not None:
         kl = kl_k3(logprobs, reference_logprobs.detach())
+        if kl_unbiased:
+            kl = kl * (logprobs - old).exp()
         stats["kl"] = _sum(kl)
         if kl_coef:
             per_token = per_token + kl_coef * kl

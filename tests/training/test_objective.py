@@ -43,7 +43,7 @@ def flat(batch, values):
     return torch.as_tensor(np.concatenate([values[i] for i in order]), dtype=torch.float32)
 
 
-def run(given, max_tokens, *, anchored=True, kl_coef=0.0, entropy_coef=0.0, loss=None, correction=None):
+def run(given, max_tokens, *, anchored=True, kl_coef=0.0, loss=None, correction=None, **options):
     current, anchor, reference = (logprobs_of(given, seed, 0.3) for seed in (1, 2, 3))
     entropies = [np.abs(x) for x in current]
     total, stats, gradients = 0.0, [], {}
@@ -58,7 +58,7 @@ def run(given, max_tokens, *, anchored=True, kl_coef=0.0, entropy_coef=0.0, loss
             anchor_logprobs=flat(batch, anchor) if anchored else None,
             reference_logprobs=flat(batch, reference) if kl_coef else None,
             kl_coef=kl_coef,
-            entropy_coef=entropy_coef,
+            **options,
         )
         value.backward()
         gradients |= unpack(batch, logprobs.grad)
@@ -67,7 +67,8 @@ def run(given, max_tokens, *, anchored=True, kl_coef=0.0, entropy_coef=0.0, loss
     return total, reduce(stats), gradients
 
 
-def test_the_objective_is_the_formula():
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_the_objective_is_the_formula(unbiased):
     given = sequences()
     current, anchor, reference = (logprobs_of(given, seed, 0.3) for seed in (1, 2, 3))
     expected = kl = mismatch = low = high = 0.0
@@ -84,13 +85,13 @@ def test_the_objective_is_the_formula():
         ):
             ratio = math.exp(p - q)
             policy = -min(ratio * a, min(max(ratio, 0.8), 1.28) * a) * min(math.exp(q - b), 2.0)
-            k3 = math.exp(r - p) - (r - p) - 1
+            k3 = (math.exp(r - p) - (r - p) - 1) * (ratio if unbiased else 1)
             expected += w * (policy + 0.1 * k3 - 0.01 * abs(p))
             kl += k3
             mismatch += abs(q - b)
             low += ratio < 0.8 and a < 0
             high += ratio > 1.28 and a > 0
-    total, stats, _ = run(given, 100, kl_coef=0.1, entropy_coef=0.01)
+    total, stats, _ = run(given, 100, kl_coef=0.1, kl_unbiased=unbiased, entropy_coef=0.01)
     assert total == pytest.approx(expected, rel=1e-5)
     metrics = means(stats)
     tokens = sum(int(x.own_mask.sum()) for x in given)
@@ -162,3 +163,34 @@ def test_kl_without_a_reference_is_refused():
     (batch,) = pack(sequences(), max_tokens=100, pad_id=0)
     with pytest.raises(ValueError, match="needs reference_logprobs"):
         objective(batch, batch.own(batch.behaviour_logprobs), kl_coef=0.1)
+
+
+def test_only_the_unbiased_penalty_has_the_gradient_of_the_divergence():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, generator=generator).requires_grad_()
+    reference = torch.randn(6, generator=generator).log_softmax(-1)
+    exact = torch.nn.functional.kl_div(reference, logits.log_softmax(-1), log_target=True, reduction="sum")
+    (wanted,) = torch.autograd.grad(exact, logits)
+    # Every action once, weighted by its probability, stands for sampling from the policy.
+    ids = np.arange(7)
+    own = ids > 0
+    probabilities = np.zeros(7)
+    probabilities[1:] = logits.detach().softmax(-1)
+    zeros = np.zeros(7)
+    (batch,) = pack([TrainSequence(ids, own, zeros, zeros, probabilities, 0, zeros)], max_tokens=7, pad_id=0)
+    for unbiased in (True, False):
+        logprobs = logits.log_softmax(-1)
+        total, _ = policy_objective(
+            logprobs,
+            logprobs,
+            batch,
+            loss=Clip(),
+            correction=NoCorrection(),
+            anchor_logprobs=logprobs.detach(),
+            reference_logprobs=reference,
+            kl_coef=1.0,
+            kl_unbiased=unbiased,
+        )
+        (gradient,) = torch.autograd.grad(total, logits)
+        assert total.item() == pytest.approx(exact.item(), rel=1e-5)
+        assert torch.allclose(gradient, wanted, atol=1e-6) == unbiased
