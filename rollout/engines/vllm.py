@@ -60,13 +60,13 @@ def last_words(log_path: Path | None) -> str:
 
 
 def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
-    """vLLM's engine arguments. Call after ``environment`` was entered: it imports vLLM.
+    """vLLM's engine arguments, named as in ``EngineArgs``. Does not import vLLM.
 
     Log-probs are those of the distribution that was sampled from (``processed_logprobs``), and no default of the
     checkpoint's generation_config may change that distribution. Chunked prefill is off where requests bring seeds:
     vLLM 0.32's CPU runner dies on a seeded request in a chunked prefill (v1/worker/gpu_model_runner.py).
     """
-    from vllm.platforms import current_platform
+    import torch
 
     arguments: dict[str, Any] = {
         "model": model_dir,
@@ -88,13 +88,13 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
     }
     if config.scheduler_cls is not None:
         arguments["scheduler_cls"] = config.scheduler_cls
-    if current_platform.is_cpu():
-        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
-        arguments["enable_chunked_prefill"] = False
-    else:
+    if torch.cuda.is_available():  # not run on GPU
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_chunked_prefill"] = not config.deterministic
         arguments["enable_sleep_mode"] = True
+    else:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+        arguments["enable_chunked_prefill"] = False
     return arguments | dict(config.extra)
 
 
