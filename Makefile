@@ -11,7 +11,7 @@ PURE := $(wildcard \
 	rollout/episode.py rollout/environment.py rollout/errors.py rollout/config.py rollout/buffer.py rollout/metrics.py \
 	rollout/tools/__init__.py rollout/engines/__init__.py \
 	training/advantages.py training/losses.py training/corrections.py training/aggregation.py training/selection.py \
-	training/packing.py training/objective.py training/budgets.py training/memory.py training/config.py serving/config.py \
+	training/packing.py training/objective.py training/budgets.py training/memory.py training/dry_run.py training/config.py serving/config.py \
 	hydra_plugins/local_gpus/*.py benchmarks/report.py)
 
 # One thread each: on small models more threads are slower, and the shared engine has threads of its own. No network in tests.

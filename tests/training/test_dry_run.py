@@ -1,0 +1,99 @@
+"""``dry_run=true``: the recipes fit, what cannot fit is refused with a remedy that works."""
+
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rollout.errors import UserError
+from rollout.hydra import conf_dir, to_object
+from training import config
+from training.dry_run import dry_run, plan_input
+from training.memory import plan
+
+RECIPES = ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100"]
+
+
+def settings(*overrides: str):
+    config.register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = to_object(compose("training", overrides=["run_dir=unused", *overrides]))
+    cfg.check()
+    return cfg
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_and_show_their_plan(recipe, capsys):
+    dry_run(settings(f"experiment={recipe}"))
+    shown = capsys.readouterr().out
+    for word in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "kept activations",
+        "head",
+        "KV cache",
+        "episodes a step",
+        "8.19 B",
+    ):
+        assert word in shown
+    assert "not run on GPU" in shown
+
+
+def test_what_cannot_fit_is_refused_after_the_plan_was_shown(capsys):
+    with pytest.raises(UserError) as refused:
+        dry_run(settings("experiment=qwen3_8b_grpo_8xh100", "node.gpus=1"))
+    assert re.fullmatch(
+        r"rollouts: needs [\d.]+ GiB of a GPU's 80 GiB, [\d.]+ GiB too much \(most: optimizer, 91.5 GiB\); "
+        r"raise node.gpus, or train adapters \(lora=lora\)",
+        str(refused.value),
+    )
+    assert "optimizer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "recipe, change, remedy",
+    [
+        (
+            "qwen3_8b_grpo_8xh100",
+            "engine.gpu_memory_utilization=0.9",
+            r"lower (engine.gpu_memory_utilization) to ([\d.]+)",
+        ),
+        ("qwen3_8b_grpo_8xh100", "batch.max_tokens=131072", r"lower (batch.max_tokens) to (\d+)"),
+        (
+            "qwen3_8b_lora_8xh100",
+            "trainer.gradient_checkpointing=false",
+            r"add (\+\+trainer.gradient_checkpointing)=(true)",
+        ),
+    ],
+)
+def test_a_remedy_works(recipe, change, remedy):
+    with pytest.raises(UserError) as refused:
+        dry_run(settings(f"experiment={recipe}", change))
+    found = re.search(remedy, str(refused.value))
+    assert found, refused.value
+    overrides = [change] if found[1].strip("+") not in change else []
+    dry_run(settings(f"experiment={recipe}", *overrides, f"{found[1]}={found[2]}"))
+
+
+def test_an_engine_without_room_for_one_sequence_is_refused():
+    with pytest.raises(
+        UserError, match=r"engine.gpu_memory_utilization: 0.2 leaves no room for one sequence .* GiB too"
+    ):
+        dry_run(settings("experiment=qwen3_8b_grpo_8xh100", "engine.gpu_memory_utilization=0.2"))
+
+
+def test_the_tiny_model_and_a_folder_give_their_own_numbers(tmp_path):
+    tiny = plan_input(settings())
+    assert tiny.shape.hidden == 128 and tiny.strategy == "replicated"
+    assert not plan(tiny).phases[1].parts["gathered weights"]
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,'
+        ' "num_attention_heads": 4, "vocab_size": 100, "architectures": ["LlamaForCausalLM"]}'
+    )
+    folder = plan_input(
+        settings("model=hf", f"model.path={tmp_path}", "model.dtype=float32", "+trainer.fsdp=full_shard")
+    )
+    assert (folder.shape.layers, folder.shape.qk_norm, folder.strategy) == (3, False, "fsdp")
+    with pytest.raises(UserError, match=r"model.path: .*config.json is not there; download the model"):
+        plan_input(settings("model=hf", "model.path=some/model"))

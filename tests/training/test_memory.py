@@ -1,0 +1,189 @@
+"""The memory plan against real models: parameters, gradients, optimizer and saved activations, byte by byte."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rollout.errors import UserError
+from training import memory
+from training.memory import GIB, EnginePlan, PlanInput, Shape
+
+LORA = {"r": 8, "target_modules": "all-linear"}
+
+
+def architecture(layers: int = 2, **changes) -> dict:
+    return {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 256,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+def real_model(numbers: dict, dtype: torch.dtype, lora: dict | None = None) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers), dtype=dtype, attn_implementation="sdpa")
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
+    return model.train()
+
+
+def inputs(shape: Shape, **changes) -> PlanInput:
+    plain = PlanInput(
+        shape=shape,
+        strategy="replicated",
+        gpus=1,
+        memory=80 * GIB,
+        weight_bytes=4,
+        compute_bytes=4,
+        master=False,
+        moment_bytes=4,
+        checkpointing=False,
+        max_tokens=1024,
+        reference=False,
+        engine=EnginePlan(4, 0.5, 256, 8),
+        prompts=4,
+        samples=4,
+    )
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_states_equal_those_of_a_real_model_after_a_step(tied, lora):
+    numbers = architecture(tie_word_embeddings=tied)
+    model = real_model(numbers, torch.float32, lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    optimizer.step()
+    states = memory.model_states(inputs(memory.build_shape(numbers, lora=lora)))
+    moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert states == {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(m.nbytes for m in moments),
+    }
+
+
+def saved_bytes(numbers: dict, dtype: torch.dtype, tokens: int, lora: dict | None, checkpointing: bool) -> int:
+    """Bytes that autograd keeps after a forward of the decoder, each storage once, parameters and buffers not."""
+    model = real_model(numbers, dtype, lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora is not None:
+            model.enable_input_require_grads()
+    decoder = model.get_base_model().model if lora is not None else model.model
+    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # holding it keeps the address from being used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        decoder(input_ids=torch.randint(0, 256, (1, tokens)), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointing"])
+def test_activations_of_a_layer_equal_what_autograd_saves(dtype, lora, checkpointing):
+    tokens = 96
+    # Two depths: what the embedding, the last norm and the rotary tables keep cancels out.
+    deep, shallow = (saved_bytes(architecture(n), dtype, tokens, lora, checkpointing) for n in (5, 2))
+    shape = memory.build_shape(architecture(3), lora=lora)
+    kept = memory.kept_activations(
+        inputs(shape, compute_bytes=dtype.itemsize, max_tokens=tokens, checkpointing=checkpointing)
+    )
+    assert deep - shallow == kept
+
+
+def test_qwen3_8b_is_counted_from_its_numbers():
+    numbers = architecture(
+        36,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    )
+    shape = memory.build_shape(numbers)
+    assert shape.parameters == 8_190_735_360  # the model card: 8.2 B, 6.95 B without embeddings
+    assert round((shape.parameters - 2 * 151936 * 4096) / 1e9, 2) == 6.95
+    assert memory.kv_bytes_per_token(shape, 2) == 147_456
+    zero3 = inputs(shape, strategy="zero3", gpus=8, weight_bytes=2, compute_bytes=2, master=True)
+    states = memory.model_states(zero3)
+    # ZeRO (arXiv 1910.02054 §5.4): 16 bytes a parameter over all ranks
+    assert sum(states.values()) == 16 * shape.parameters // 8
+
+
+@given(
+    tokens=st.integers(64, 10**5),
+    gpus=st.integers(1, 64),
+    strategy=st.sampled_from(["zero1", "zero2", "zero3", "fsdp"]),
+)
+def test_sharding_divides_and_tokens_add(tokens, gpus, strategy):
+    shape = Shape(64, 3, 128, 64, 4, 160, 256, True, parameters=200_001, layer_parameters=50_000)
+    alone, cut = inputs(shape, max_tokens=tokens), inputs(shape, max_tokens=tokens, strategy=strategy, gpus=gpus)
+    whole, parts = memory.model_states(alone), memory.model_states(cut)
+    for name, size in whole.items():
+        share = memory.shards(strategy, name, gpus)
+        assert share in (1, gpus)
+        assert size <= parts[name] * share < size + share
+    more = replace(alone, max_tokens=tokens + 1)
+    for part in (memory.kept_activations, memory.layer_work, memory.head_work):
+        assert part(more) > part(alone)
+    assert memory.kept_activations(replace(alone, checkpointing=True)) < memory.kept_activations(alone)
+
+
+def test_a_shared_gpu_holds_both_in_rollouts_and_an_own_one_only_the_engine():
+    shape = memory.build_shape(architecture())
+    shared = memory.plan(inputs(shape, gpus=4))
+    rollouts, training = shared.phases
+    assert "optimizer" in rollouts.parts and "engine asleep" in training.parts
+    own = memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, own_gpus=2)))
+    rollouts, training = own.phases
+    assert abs(rollouts.total - 40 * GIB) < 4 and "engine asleep" not in training.parts
+    assert own.batch["engine replicas"] == 2 and shared.batch["engine replicas"] == 4
+    with pytest.raises(UserError, match=r"node.engine_gpus: 4 of 4 GPUs leave none to train on"):
+        memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, own_gpus=4)))
+
+
+def test_adapters_need_no_second_model_as_reference():
+    full = memory.plan(inputs(memory.build_shape(architecture()), reference=True)).phases[1].parts
+    assert full["reference"] == full["weights"]
+    assert (
+        "reference"
+        not in memory.plan(inputs(memory.build_shape(architecture(), lora=LORA), reference=True)).phases[1].parts
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts, samples, minibatches, gpus, rows", [(128, 8, 2, 8, 3), (5, 3, 2, 4, 1), (1, 2, 1, 8, 7)]
+)
+def test_micro_batches_hold_every_episode_at_full_length(prompts, samples, minibatches, gpus, rows):
+    shape = Shape(64, 3, 128, 64, 4, 160, 256, True, parameters=200_000, layer_parameters=50_000)
+    p = inputs(shape, prompts=prompts, samples=samples, minibatches=minibatches, gpus=gpus, max_tokens=rows * 256 + 255)
+    made = memory.batch_plan(p)
+    room = made["micro-batches an optimizer step and GPU, at most"] * rows * gpus * minibatches
+    assert room >= made["episodes a step"] == prompts * samples
+
+
+def test_unplannable_models_are_refused():
+    with pytest.raises(UserError, match=r"model\.architecture"):
+        memory.build_shape({"model_type": "no_such_model"})
+    with pytest.raises(UserError, match="dense models only"):
+        memory.build_shape(architecture(model_type="qwen3_moe", num_experts=4))

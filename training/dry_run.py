@@ -1,0 +1,190 @@
+"""``dry_run=true``: show what a run needs of each GPU and how its steps are cut, and refuse what cannot fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.config import VllmConfig
+from rollout.errors import UserError
+from training import memory
+from training.config import TrainingConfig
+from training.memory import GIB, EnginePlan, Phase, Plan, PlanInput, Strategy
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dry_run(cfg: TrainingConfig) -> None:
+    """Print the plan of a run; raises UserError, after printing, if it does not fit. Loads no weights."""
+    made = memory.plan(plan_input(cfg))
+    report(made)
+    check(made)
+
+
+def plan_input(cfg: TrainingConfig) -> PlanInput:
+    """Read a run's settings. The model's numbers come from its folder, else from ``model.architecture``."""
+    if not isinstance(cfg.engine, VllmConfig):
+        raise UserError("dry_run: plans engine=vllm and its kin; choose one, or run without dry_run=true")
+    lora = None
+    if cfg.lora is not None:
+        lora = {"r": cfg.lora.rank, "target_modules": cfg.lora.target_modules}
+    strategy, deepspeed = _strategy(cfg.trainer)
+    bf16 = bool(cfg.trainer.get("bf16")) or cfg.model.dtype == "bfloat16"
+    weights = BYTES[cfg.model.dtype]
+    return PlanInput(
+        shape=memory.build_shape(_architecture(cfg), lora=lora),
+        strategy=strategy,
+        gpus=cfg.node.gpus,
+        memory=int(cfg.node.gpu_memory_gib * GIB),
+        weight_bytes=weights,
+        compute_bytes=2 if bf16 else 4,
+        # DeepSpeed keeps float32 weights and moments beside bfloat16 ones; torch's AdamW follows the weights' dtype.
+        master=deepspeed and weights == 2,
+        moment_bytes=4 if deepspeed else weights,
+        checkpointing=bool(cfg.trainer.get("gradient_checkpointing")),
+        max_tokens=cfg.batch.max_tokens,
+        reference=cfg.kl.coef > 0,
+        engine=EnginePlan(
+            element_bytes=BYTES[cfg.engine.dtype],
+            utilization=cfg.engine.gpu_memory_utilization,
+            max_model_len=cfg.engine.max_model_len,
+            max_num_seqs=cfg.engine.max_num_seqs,
+            tensor_parallel=cfg.engine.tensor_parallel_size,
+            own_gpus=cfg.node.engine_gpus,
+        ),
+        prompts=cfg.batch.prompts,
+        samples=getattr(cfg.budget, "samples", 1),
+        minibatches=cfg.batch.minibatches,
+        epochs=cfg.batch.epochs,
+    )
+
+
+def _architecture(cfg: TrainingConfig) -> dict[str, Any]:
+    model = cfg.model
+    if model.path is None:
+        return {
+            "model_type": "qwen3",
+            "hidden_size": model.hidden,
+            "intermediate_size": model.mlp,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.heads,
+            "head_dim": model.head_dim,
+            "vocab_size": model.vocabulary,
+            "tie_word_embeddings": model.tied,
+        }
+    file = Path(model.path) / "config.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    if not model.architecture:
+        raise UserError(f"model.path: {file} is not there; download the model, or give model.architecture its numbers")
+    return dict(model.architecture)
+
+
+def _strategy(trainer: dict[str, Any]) -> tuple[Strategy, bool]:
+    """How model states are sharded, and whether DeepSpeed does it."""
+    deepspeed = trainer.get("deepspeed")
+    if deepspeed:
+        settings = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text())
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        strategies: dict[int, Strategy] = {0: "replicated", 1: "zero1", 2: "zero2", 3: "zero3"}
+        return strategies[stage], True
+    return ("fsdp" if trainer.get("fsdp") else "replicated"), False
+
+
+def report(made: Plan, console: Console | None = None) -> None:
+    """Print the plan for people: GiB per GPU of each phase, the engine's cache, and the batch."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    p = made.inputs
+    s = p.shape
+    console.print(
+        f"{s.parameters / 1e9:.2f} B parameters, {memory.trainable(s) / 1e9:.3f} B trained; {p.gpus} GPUs of "
+        f"{p.memory / GIB:.0f} GiB, {p.engine.own_gpus or 'none'} of them the engine's own; states {p.strategy}, "
+        f"gradient checkpointing {'on' if p.checkpointing else 'off'}"
+    )
+    table = Table("GiB per GPU", *(phase.name for phase in made.phases), box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in dict.fromkeys(name for phase in made.phases for name in phase.parts):
+        table.add_row(name, *(_gib(phase.parts.get(name)) for phase in made.phases))
+    table.add_section()
+    table.add_row("total", *(_gib(phase.total) for phase in made.phases))
+    table.add_row("left", *(_gib(p.memory - phase.total) for phase in made.phases))
+    console.print(table)
+    batch = Table("batch plan", "", box=box.SIMPLE_HEAD)
+    batch.columns[1].justify = "right"
+    for name, number in made.batch.items():
+        batch.add_row(name, f"{number:,}")
+    batch.add_row("tokens in the cache of a replica", f"{made.kv_tokens:,}")
+    full = max(made.kv_tokens, 0) // p.engine.max_model_len
+    batch.add_row("sequences of full length in it", f"{min(full, p.engine.max_num_seqs):,}")
+    console.print(batch)
+    console.print("An estimate from formulas (training/memory.py); not run on GPU.")
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:.2f}"
+
+
+def check(made: Plan) -> None:
+    """Refuse, in one line, a plan that cannot fit: by how many GiB, and what to change. Raises UserError."""
+    p = made.inputs
+    needed = p.engine.max_model_len * memory.kv_bytes_per_token(p.shape, p.engine.element_bytes)
+    missing = needed // p.engine.tensor_parallel - made.kv_cache
+    if missing > 0:
+        raise UserError(
+            f"engine.gpu_memory_utilization: {p.engine.utilization} leaves no room for one sequence of "
+            f"engine.max_model_len={p.engine.max_model_len}, {missing / GIB:.2f} GiB too little; raise it or "
+            "engine.tensor_parallel_size, or lower engine.max_model_len"
+        )
+    for phase in made.phases:
+        excess = phase.total - p.memory
+        if excess > 0:
+            name, size = max(phase.parts.items(), key=lambda part: part[1])
+            raise UserError(
+                f"{phase.name}: needs {phase.total / GIB:.1f} GiB of a GPU's {p.memory / GIB:.0f} GiB, "
+                f"{excess / GIB:.1f} GiB too much (most: {name}, {size / GIB:.1f} GiB); {_remedy(p, phase)}"
+            )
+
+
+def _remedy(p: PlanInput, phase: Phase) -> str:
+    """The least change that makes this phase fit."""
+    for changed, text in _changes(p, phase.name):
+        made = memory.plan(changed)
+        same = next(other for other in made.phases if other.name == phase.name)
+        if same.total <= p.memory and made.kv_tokens >= p.engine.max_model_len:
+            return text
+    return "raise node.gpus" if p.shape.adapter else "raise node.gpus, or train adapters (lora=lora)"
+
+
+def _changes(p: PlanInput, phase: str) -> Iterator[tuple[PlanInput, str]]:
+    if phase == "rollouts":
+        for percent in range(math.floor(p.engine.utilization * 100), 0, -1):
+            yield (
+                replace(p, engine=replace(p.engine, utilization=percent / 100)),
+                f"lower engine.gpu_memory_utilization to {percent / 100} at most",
+            )
+        if p.engine.own_gpus == 0 and p.gpus > 1:
+            own = replace(p.engine, own_gpus=p.gpus // 2)
+            yield replace(p, engine=own), f"give the engine GPUs of its own (node.engine_gpus={own.own_gpus})"
+    if not p.checkpointing:
+        yield replace(p, checkpointing=True), "add ++trainer.gradient_checkpointing=true"
+    if phase == "training":
+        base = replace(p, checkpointing=True)
+        also = "" if p.checkpointing else "add ++trainer.gradient_checkpointing=true and "
+        for tokens in range(p.max_tokens // 1024 * 1024, p.engine.max_model_len - 1, -1024):
+            yield replace(base, max_tokens=tokens), f"{also}lower batch.max_tokens to {tokens} at most"
+    if p.strategy not in ("zero3", "fsdp") and p.gpus > 1:
+        text = "shard the weights (trainer.deepspeed with ZeRO stage 3, or trainer.fsdp)"
+        yield replace(p, strategy="zero3", checkpointing=True), text

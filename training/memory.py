@@ -1,0 +1,294 @@
+"""What a run needs of each GPU, in bytes, before anything is downloaded or started.
+
+Parameters are counted on the meta device; everything else is arithmetic over their numbers. Not run on GPU: kernels,
+allocator and NCCL are covered by a flat ``RESERVE``. T is tokens of a micro-batch, b bytes of a compute element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rollout.errors import UserError
+
+GIB = 2**30
+FLOAT32 = 4
+RESERVE = 4 * GIB  # CUDA context, NCCL buffers, workspaces of matrix products, fragmentation
+ENGINE_ASLEEP = 2 * GIB  # what vLLM keeps of a GPU in sleep: its CUDA context, NCCL and captured graphs
+# trl.kernels.chunked_logprob: the head's tile of logits, in tokens and vocabulary entries
+HEAD_TILE = (4096, 32768)
+# DeepSpeed's default stage3_max_live_parameters: what ZeRO-3 may hold gathered at a time, in elements
+ZERO3_LIVE = 10**9
+
+Strategy = Literal["replicated", "zero1", "zero2", "zero3", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense decoder's numbers. ``parameters`` counts a tied head once; ``adapter`` is LoRA's own, 0 without it."""
+
+    hidden: int
+    layers: int
+    query: int  # heads × head_dim
+    key: int  # key-value heads × head_dim
+    heads: int
+    mlp: int
+    vocabulary: int
+    qk_norm: bool
+    parameters: int
+    layer_parameters: int
+    adapter: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """vLLM on each of its GPUs. ``own_gpus`` 0: it shares the trainer's, asleep while they train."""
+
+    element_bytes: int
+    utilization: float
+    max_model_len: int
+    max_num_seqs: int
+    tensor_parallel: int = 1
+    own_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """What a plan is made of; independent of Hydra.
+
+    ``weight_bytes`` is what the trainer stores, ``compute_bytes`` what it multiplies in. ``master``: the optimizer
+    keeps float32 weights beside bfloat16 ones (DeepSpeed). ``moment_bytes`` of each of AdamW's two moments.
+    """
+
+    shape: Shape
+    strategy: Strategy
+    gpus: int  # of the node, the engine's own included
+    memory: int  # bytes of one GPU
+    weight_bytes: int
+    compute_bytes: int
+    master: bool
+    moment_bytes: int
+    checkpointing: bool
+    max_tokens: int
+    reference: bool
+    engine: EnginePlan
+    prompts: int
+    samples: int
+    minibatches: int = 1
+    epochs: int = 1
+
+
+@dataclass
+class Phase:
+    """What stands side by side in one GPU's memory, by name, in bytes."""
+
+    name: str
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass
+class Plan:
+    inputs: PlanInput
+    phases: list[Phase]
+    kv_cache: int  # bytes per engine GPU
+    kv_tokens: int  # tokens that one engine replica holds
+    batch: dict[str, int]
+
+
+def build_shape(architecture: dict[str, Any], *, lora: dict[str, Any] | None = None) -> Shape:
+    """Count a model of this ``config.json`` on the meta device; ``lora`` holds peft.LoraConfig's keywords.
+
+    Raises UserError for an unknown ``model_type`` and for mixtures of experts, which these formulas do not cover.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(**architecture)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"model.architecture: {str(error).splitlines()[0]}; give the numbers of config.json") from error
+    if getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0):
+        raise UserError("dry_run: plans dense models only, this one has experts; run without dry_run=true")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        total = sum(p.numel() for p in model.parameters())
+        names = {name for name, _ in model.named_parameters()}
+        layer = sum(p.numel() for name, p in model.named_parameters() if ".layers.0." in name)
+        adapter = 0
+        if lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+            adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        query=heads * head_dim,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
+        mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        qk_norm=any(".q_norm." in name for name in names),
+        parameters=total,
+        layer_parameters=layer,
+        adapter=adapter,
+        rank=lora["r"] if lora else 0,
+    )
+
+
+def trainable(shape: Shape) -> int:
+    return shape.adapter or shape.parameters
+
+
+def shards(strategy: Strategy, what: Literal["weights", "gradients", "optimizer"], gpus: int) -> int:
+    """Over how many GPUs a model state is cut (ZeRO, arXiv 1910.02054 §5; FSDP shards all three)."""
+    sharded = {
+        "replicated": (),
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+        "zero3": ("optimizer", "gradients", "weights"),
+        "fsdp": ("optimizer", "gradients", "weights"),
+    }
+    return gpus if what in sharded[strategy] else 1
+
+
+def model_states(p: PlanInput) -> dict[str, int]:
+    """Weights, gradients and optimizer, bytes per GPU.
+
+    weights: parameters × weight_bytes, adapters included; gradients: trainable × weight_bytes; optimizer: trainable ×
+    (2 moments + 4 for a master copy). Each over ``shards``, rounded up.
+    """
+    gpus = p.gpus - p.engine.own_gpus
+    train = trainable(p.shape)
+    sizes = {
+        "weights": (p.shape.parameters + p.shape.adapter) * p.weight_bytes,
+        "gradients": train * p.weight_bytes,
+        "optimizer": train * (2 * p.moment_bytes + (FLOAT32 if p.master else 0)),
+    }
+    return {name: math.ceil(size / shards(p.strategy, name, gpus)) for name, size in sizes.items()}  # type: ignore[arg-type]
+
+
+def gathered(p: PlanInput) -> int:
+    """Whole weights that sharding holds for a moment, in the compute type.
+
+    ZeRO-3: at most ``stage3_max_live_parameters``. FSDP: a layer and the next, and what lies outside the layers
+    (embedding and head), which stays gathered from forward to backward.
+    """
+    s = p.shape
+    if p.strategy == "zero3":
+        return min(s.parameters, ZERO3_LIVE) * p.compute_bytes
+    if p.strategy == "fsdp":
+        outside = s.parameters - s.layers * s.layer_parameters
+        return (2 * s.layer_parameters + outside) * p.compute_bytes
+    return 0
+
+
+def layer_activations(s: Shape, element_bytes: int) -> int:
+    """Bytes per token that one decoder layer saves for its backward, with a fused attention that keeps no T × T matrix.
+
+    A norm over n numbers keeps its float32 input (4n), 1/rms (4) and, where its gain trains, its value (bn). Linears
+    keep their inputs: b(2h) for attention and MLP, b(query) for the output projection, b(mlp) for the last. SwiGLU
+    keeps gate, its SiLU and up: 3b(mlp). Attention keeps q, k, v, its output and a float32 log-sum-exp a head.
+    LoRA on every linear keeps rank numbers more for each of seven, and frozen gains keep no value.
+    """
+    b = element_bytes
+    gain = 0 if s.adapter else b
+    norms = 2 * (FLOAT32 + gain) * s.hidden + 2 * FLOAT32
+    if s.qk_norm:  # one norm for every head of q and k
+        norms += (FLOAT32 + gain) * (s.query + s.key) + FLOAT32 * s.heads * (s.query + s.key) // s.query
+    linears = b * (2 * s.hidden + s.query + s.mlp) + 7 * b * s.rank
+    attention = b * (s.query + 2 * s.key) + FLOAT32 * s.heads
+    return norms + linears + attention + 3 * b * s.mlp
+
+
+def kept_activations(p: PlanInput) -> int:
+    """What all layers keep until the backward reaches them: T × layers × (b·hidden with checkpointing, else all)."""
+    each = p.compute_bytes * p.shape.hidden if p.checkpointing else layer_activations(p.shape, p.compute_bytes)
+    return p.max_tokens * p.shape.layers * each
+
+
+def layer_work(p: PlanInput) -> int:
+    """The backward of one layer: its recomputed activations (checkpointing), and three gradients of the MLP's width."""
+    recomputed = layer_activations(p.shape, p.compute_bytes) if p.checkpointing else 0
+    return p.max_tokens * (recomputed + p.compute_bytes * (3 * p.shape.mlp + p.shape.hidden))
+
+
+def head_work(p: PlanInput) -> int:
+    """The fused head's backward: one tile of logits, hidden states with a float32 gradient and its cast, and, where
+    the head trains, a float32 gradient of its weight and its cast. Counts every token as the policy's own."""
+    s, b = p.shape, p.compute_bytes
+    tile = b * min(p.max_tokens, HEAD_TILE[0]) * min(s.vocabulary, HEAD_TILE[1])
+    hidden = p.max_tokens * s.hidden * (FLOAT32 + 2 * b)
+    weight = 0 if s.adapter else s.vocabulary * s.hidden * (FLOAT32 + b)
+    return tile + hidden + weight
+
+
+def kv_bytes_per_token(s: Shape, element_bytes: int) -> int:
+    """Keys and values of every layer, over all tensor-parallel ranks together."""
+    return 2 * s.layers * s.key * element_bytes
+
+
+def engine_weights(p: PlanInput) -> int:
+    return math.ceil(p.shape.parameters * p.engine.element_bytes / p.engine.tensor_parallel)
+
+
+def engine_work(p: PlanInput) -> int:
+    """vLLM's own working memory: float32 logits of a full batch with a sorted copy, and ``ENGINE_ASLEEP``."""
+    return 2 * FLOAT32 * p.engine.max_num_seqs * p.shape.vocabulary + ENGINE_ASLEEP
+
+
+def plan(p: PlanInput) -> Plan:
+    """Bytes per GPU of every phase, and how a step is cut. Refuses nothing: see ``check``."""
+    if not 0 <= p.engine.own_gpus < p.gpus:
+        raise UserError(f"node.engine_gpus: {p.engine.own_gpus} of {p.gpus} GPUs leave none to train on; lower it")
+    states = model_states(p)
+    reference = {"reference": states["weights"]} if p.reference and not p.shape.adapter else {}
+    resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference}
+    shared = p.engine.own_gpus == 0
+    training = Phase(
+        "training",
+        {
+            **resting,
+            "gradients": states["gradients"],
+            "gathered weights": gathered(p),
+            "kept activations": kept_activations(p),
+            "layer or head at work": max(layer_work(p), head_work(p)),
+            **({"engine asleep": ENGINE_ASLEEP} if shared else {}),
+            "reserve": RESERVE,
+        },
+    )
+    engine_total = int(p.engine.utilization * p.memory)
+    cache = engine_total - engine_weights(p) - engine_work(p)
+    engine = {
+        "engine weights": engine_weights(p),
+        "engine at work": engine_work(p),
+        "KV cache": max(cache, 0),
+    }
+    rollouts = Phase("rollouts", {**resting, **engine, "reserve": RESERVE} if shared else engine)
+    each = kv_bytes_per_token(p.shape, p.engine.element_bytes)
+    return Plan(p, [rollouts, training], cache, cache * p.engine.tensor_parallel // each, batch_plan(p))
+
+
+def batch_plan(p: PlanInput) -> dict[str, int]:
+    """How a step is cut, if every episode is as long as the engine allows: fewer tokens give fewer micro-batches."""
+    episodes = p.prompts * p.samples
+    tokens = episodes * p.engine.max_model_len
+    train_gpus = p.gpus - p.engine.own_gpus
+    per_row = max(1, p.max_tokens // p.engine.max_model_len)
+    episodes_per_update = math.ceil(math.ceil(p.prompts / p.minibatches) * p.samples / train_gpus)
+    return {
+        "prompts a step": p.prompts,
+        "episodes a step": episodes,
+        "tokens a step, at most": tokens,
+        "optimizer steps a step": p.minibatches * p.epochs,
+        "micro-batches an optimizer step and GPU, at most": math.ceil(episodes_per_update / per_row),
+        "engine replicas": max(1, (p.engine.own_gpus or p.gpus) // p.engine.tensor_parallel),
+    }
