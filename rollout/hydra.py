@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from rollout.errors import EngineDied, UserError, WaitTimeout
+from rollout.weights import SyncMismatch
 
 VERBOSE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's own wish for tracebacks
 
@@ -37,7 +38,7 @@ def to_object(cfg: DictConfig) -> Any:
         raise UserError(f"{error.full_key}: required and not given; add {error.full_key}=... to the command") from None
 
 
-EXPECTED = (UserError, EngineDied, WaitTimeout, HydraException, OmegaConfBaseException)
+EXPECTED = (UserError, EngineDied, WaitTimeout, SyncMismatch, HydraException, OmegaConfBaseException)
 
 
 def one_line(error: BaseException) -> str:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollout.agent import EpisodeDropped, Speaker, run_episode
 from rollout.buffer import RolloutBuffer
 from rollout.config import LimitsConfig
-from rollout.engines.lockstep import Lockstep
 from rollout.environment import Environment, Row
 from rollout.episode import Episode
 from rollout.errors import EngineDied, UserError, WaitTimeout
+
+if TYPE_CHECKING:
+    from rollout.engines.lockstep import Lockstep
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Runner:
             raise
 
     def fill(self, buffer: RolloutBuffer, jobs: Iterable[Job], speaker: Callable[[], Speaker]) -> None:
-        """Play jobs whose groups the buffer expects. Returns at once; what the run cannot survive goes to ``buffer.fail``."""
+        """Play jobs whose groups the buffer expects. Returns at once; what ends the run goes to ``buffer.fail``."""
 
         def deliver(job: Job, future: Future[Episode]) -> None:
             try:

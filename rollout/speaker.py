@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
 
-from rollout.chat import Chat
+from rollout.chat import Chat, assistant_message
 from rollout.engines import Engine, Sampling
 from rollout.environment import Message
 from rollout.episode import Episode, Sequence, ToolResult, Turn
@@ -14,8 +13,8 @@ from rollout.tools import Tool
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on its parts alone, in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+    """A 31-bit seed that depends on its parts alone, in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Policy:
     """How every episode of a run speaks: the engine, its chat format and how to sample.
 
     ``seed`` makes sampling a function of run, prompt, sample, turn and policy version, whatever the batch; None leaves
-    it to the engine. ``reasoning`` is the template's mode: auto, always or never.
+    it to the engine. ``seed_version=False`` leaves the version out, so that two checkpoints meet the same randomness.
+    ``reasoning`` is the template's mode: auto, always or never.
     """
 
     engine: Engine
@@ -31,6 +31,7 @@ class Policy:
     sampling: Sampling
     max_model_len: int
     seed: int | None = None
+    seed_version: bool = True
     reasoning: str = "auto"
 
     def speaker(self) -> EngineSpeaker:
@@ -57,11 +58,8 @@ class EngineSpeaker:
             return Turn("", "", well_formed=False), 0, True
         seed = None
         if policy.seed is not None:
-            # vLLM takes 32-bit seeds on some back ends
-            seed = stable_seed(
-                policy.seed, episode.prompt_id, episode.sample, len(episode.turns), policy.engine.version
-            )
-            seed &= 0x7FFFFFFF
+            version = policy.engine.version if policy.seed_version else 0
+            seed = stable_seed(policy.seed, episode.prompt_id, episode.sample, len(episode.turns), version)
         out = await policy.engine.generate(
             sequence.token_ids,
             replace(policy.sampling, max_tokens=room, seed=seed, stop_token_ids=tuple(policy.chat.stop_token_ids)),
@@ -93,12 +91,3 @@ class EngineSpeaker:
 def program_id(episode: Episode) -> str:
     """The engine's name for an episode: what scheduling and retention go by."""
     return f"{episode.group_id}/{episode.sample}"
-
-
-def assistant_message(turn: Turn) -> Message:
-    """A parsed turn as an OpenAI message, with its reasoning."""
-    message: dict[str, Any] = {"role": "assistant", "content": turn.content, "reasoning_content": turn.reasoning}
-    if turn.calls:
-        calls = [{"name": c.name, "arguments": c.arguments or {}} for c in turn.calls]
-        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    return message

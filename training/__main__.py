@@ -1,11 +1,13 @@
-"""python -m training: compose, check, build, run."""
+"""python -m training: compose, check, run."""
 
 from __future__ import annotations
+
+import os
 
 import hydra
 from omegaconf import DictConfig
 
-from rollout.hydra import conf_dir, guarded, run_command, to_object
+from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
 from training import config
 
 config.register()
@@ -14,10 +16,15 @@ config.register()
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="training")
 @guarded
 def run(composed: DictConfig) -> float | None:
-    """One training run; the returned accuracy is what sweepers and launchers read."""
-    cfg = to_object(composed)
+    """One training run; gives the accuracy after it, which is what sweepers and launchers read."""
+    cfg: config.TrainingConfig = to_object(composed)
     cfg.check()
-    print(cfg.loss)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if cfg.threads is not None:  # before torch reads it
+        os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    from training.run import execute
+
+    return execute(cfg, composed, run_dir()).get("accuracy_after")
 
 
 def main() -> None:

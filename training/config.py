@@ -161,16 +161,16 @@ class TokenMaskConfig:
 
     _target_: str = "training.corrections.TokenMask"
     low: float = 0.5
-    high: float = 2.0
+    high: float = 5.0
 
 
 @dataclass
 class SequenceMaskConfig:
-    """Drop sequences whose mean trainer/engine ratio leaves [low, high]."""
+    """Drop sequences whose trainer/engine ratio, the product over tokens, leaves [low, high]."""
 
     _target_: str = "training.corrections.SequenceMask"
-    low: float = 0.5
-    high: float = 2.0
+    low: float = 0.0
+    high: float = 3.0
 
 
 @dataclass
@@ -221,6 +221,7 @@ class SftConfig:
     optimizer: str = "adamw_torch"  # or muon: Muon on matrices, AdamW on the rest
     demonstrations: int = 20_000
     max_length: int = 512
+    row_tokens: int = 128  # packed rows hold this many tokens, or the longest demonstration
 
     def __post_init__(self) -> None:
         require(

@@ -1,0 +1,58 @@
+"""One progress display per stage, with rate and remaining time; plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(soft_wrap=True)
+LINE_EVERY_S = 10.0  # without a terminal
+
+
+class Stage:
+    """Progress of one stage: ``update(done, note)`` as often as one likes."""
+
+    def __init__(self, title: str, total: int, unit: str, bar: Progress | None) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.start = self._printed = time.monotonic()
+        self._first: int | None = None
+        self._bar = bar
+        self._task = bar.add_task(title, total=total, note="") if bar is not None else None
+
+    def update(self, done: int, note: str = "") -> None:
+        """``done`` of ``total`` units are behind us; ``note`` says what matters now."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = max(done - 1, 0)  # a resumed stage starts above 0: the rate counts what was done here
+        rate = (done - self._first) / max(now - self.start, 1e-9)
+        text = f"{rate:.3g} {self.unit}/s  {note}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=text)
+        elif now - self._printed > LINE_EVERY_S or done >= self.total:
+            self._printed = now
+            left = (self.total - done) / max(rate, 1e-9)
+            console.print(f"{self.title}: {done}/{self.total}, {left:.0f} s left, {text}", highlight=False)
+
+
+@contextmanager
+def stage(title: str, total: int, unit: str) -> Iterator[Stage]:
+    """Show a stage while the block runs."""
+    if not sys.stdout.isatty():
+        console.print(f"{title} …", highlight=False)
+        yield Stage(title, total, unit, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Stage(title, total, unit, bar)

@@ -1,0 +1,121 @@
+"""Accuracy and its company over a set of questions: pure figures of episodes, and the rollouts that give them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rollout.config import EvaluationConfig
+from rollout.environment import Row
+from rollout.episode import Episode
+from rollout.runner import Job, Runner
+from rollout.speaker import Policy
+
+Figures = dict[str, Any]
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from n samples (arXiv 2107.03374 §2.1); k <= n."""
+    if not 0 < k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@{k} of {correct} right in {n} samples: k must be in 1..n and right in 0..n")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def bootstrap(
+    values: Sequence[float], resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean of ``values``, one for each question."""
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    chunks = max(1, 4_000_000 // max(len(array), 1))
+    means: list[np.ndarray] = []
+    while (left := resamples - sum(map(len, means))) > 0:
+        means.append(array[rng.integers(0, len(array), (min(left, chunks), len(array)))].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def figures(episodes: Sequence[Episode], samples: int = 1) -> Figures:
+    """What a set of episodes shows. Questions with several samples count by their mean.
+
+    ``tool_productivity`` is right answers per tool call (arXiv 2504.14870 §4.1), null where nothing was called.
+    """
+    by_question: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        by_question[episode.prompt_id].append(episode)
+    means = [sum(e.success for e in group) / len(group) for group in by_question.values()]
+    low, high = bootstrap(means)
+    calls = sum(len(e.tool_results) for e in episodes)
+    n = len(episodes)
+    result: Figures = {
+        "accuracy": sum(means) / len(means),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "questions": len(by_question),
+        "tokens": sum(e.own_tokens for e in episodes) / n,
+        "tool_calls": calls / n,
+        "tool_productivity": sum(e.success for e in episodes) / calls if calls else None,
+        "tool_errors": sum(r.error for e in episodes for r in e.tool_results) / n,
+        "thinking": sum(any(turn.thought for turn in e.turns) for e in episodes) / n,
+        "ill_formed": sum(any(not turn.well_formed for turn in e.turns) for e in episodes) / n,
+        "truncated": sum(e.status == "truncated" for e in episodes) / n,
+    }
+    for k in (2**i for i in range(1, int(math.log2(samples)) + 1)) if samples > 1 else ():
+        whole = [group for group in by_question.values() if len(group) >= k]
+        result[f"pass@{k}"] = sum(pass_at_k(len(g), sum(e.success for e in g), k) for g in whole) / len(whole)
+    return result
+
+
+def by_difficulty(episodes: Sequence[Episode], samples: int = 1) -> dict[str, Figures]:
+    """The same figures for each difficulty."""
+    parts: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        parts[episode.difficulty or "all"].append(episode)
+    return {difficulty: figures(part, samples) for difficulty, part in sorted(parts.items())}
+
+
+def report(episodes: Sequence[Episode], rows: Sequence[Row], samples: int = 1) -> Figures:
+    """Figures over unseen questions. Those that a task marks as ``memorised`` are facts: reported apart, in ``facts``."""
+    facts = {row.id for row in rows if row.extras.get("memorised")}
+    unseen = [e for e in episodes if e.prompt_id not in facts] or list(episodes)
+    result = figures(unseen, samples)
+    result["by_difficulty"] = by_difficulty(episodes, samples)
+    if facts and len(unseen) < len(episodes):
+        result["facts"] = figures([e for e in episodes if e.prompt_id in facts], samples)
+    return result
+
+
+def evaluate(
+    runner: Runner,
+    policy: Policy,
+    rows: Sequence[Row],
+    config: EvaluationConfig,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[dict[str, Figures], dict[str, list[Episode]]]:
+    """Play every row: ``sampled`` at the temperature, seeded by question and sample, and ``greedy``.
+
+    The engine's version does not enter the seeds: two checkpoints meet the same randomness.
+    """
+    modes = {"sampled": (config.temperature, config.samples)} | ({"greedy": (0.0, 1)} if config.greedy else {})
+    results: dict[str, Figures] = {}
+    episodes: dict[str, list[Episode]] = {}
+    for mode, (temperature, samples) in modes.items():
+        speaking = replace(
+            policy,
+            sampling=replace(policy.sampling, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0),
+            seed=config.seed if temperature > 0 else None,
+            seed_version=False,
+        )
+        jobs = [Job(row, f"{mode}/{row.id}", sample) for row in rows for sample in range(samples)]
+        total = len(jobs)
+        episodes[mode] = runner.play(
+            jobs, speaking.speaker, lambda done, mode=mode, total=total: progress(mode, done, total)
+        )
+        results[mode] = report(episodes[mode], rows, samples)
+        results[mode]["dropped"] = total - len(episodes[mode])
+    return results, episodes

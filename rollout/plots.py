@@ -1,0 +1,111 @@
+"""Pictures of runs and evaluations, drawn from the files that a run leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9d5d", "#8a8a8a"
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
+    """Centred moving mean; the window shrinks at both ends."""
+    half = width // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _axes(count: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 3.4), squeeze=False, layout="constrained")
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _curve(axis: Any, rows: list[Row], key: str, colour: str, label: str) -> None:
+    steps = [row["step"] for row in rows if key in row]
+    values = [row[key] for row in rows if key in row]
+    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axis.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
+
+
+def plot_reward(rows: list[Row], evaluations: list[Row], path: Path) -> None:
+    """Reward of the rollouts, and accuracy on unseen questions where it was measured."""
+    figure, (axis,) = _axes(1)
+    _curve(axis, rows, "reward", BLUE, "reward of rollouts")
+    for mode, colour in (("sampled", ORANGE), ("greedy", GREEN)):
+        points = [(e["step"], e[mode]) for e in evaluations if mode in e]
+        if points:
+            middle = [figures["accuracy"] for _, figures in points]
+            spread = [
+                [f["accuracy"] - f["accuracy_low"] for _, f in points],
+                [f["accuracy_high"] - f["accuracy"] for _, f in points],
+            ]
+            axis.errorbar(
+                [s for s, _ in points],
+                middle,
+                spread,
+                fmt="o--",
+                color=colour,
+                capsize=3,
+                label=f"accuracy on unseen questions, {mode}",
+            )
+    axis.set(xlabel="step", ylabel="reward, accuracy", ylim=(0, 1.03))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=140)
+
+
+def plot_behaviour(rows: list[Row], path: Path) -> None:
+    """Tool calls and tokens of an episode over the run."""
+    figure, (left, right) = _axes(2)
+    _curve(left, rows, "rollout/tool_calls", BLUE, "tool calls")
+    _curve(left, rows, "rollout/thinking", GREY, "share that thinks")
+    left.set(xlabel="step", ylabel="an episode")
+    left.legend(frameon=False, fontsize=8)
+    _curve(right, rows, "rollout/tokens_per_episode", GREEN, "tokens")
+    right.set(xlabel="step", ylabel="own tokens an episode")
+    right.set_ylim(bottom=0)
+    figure.savefig(path, dpi=140)
+
+
+def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Accuracy with its interval, in whole and by difficulty, for one or more evaluated checkpoints."""
+    figure, (left, right) = _axes(2)
+    names = [name for name, _ in results]
+    for place, mode, colour in ((-0.18, "sampled", ORANGE), (0.18, "greedy", GREEN)):
+        shown = [(i, r[mode]) for i, (_, r) in enumerate(results) if mode in r]
+        if shown:
+            heights = [f["accuracy"] for _, f in shown]
+            spread = [
+                [f["accuracy"] - f["accuracy_low"] for _, f in shown],
+                [f["accuracy_high"] - f["accuracy"] for _, f in shown],
+            ]
+            left.bar([i + place for i, _ in shown], heights, 0.34, yerr=spread, capsize=3, color=colour, label=mode)
+    left.set_xticks(
+        range(len(names)), names, rotation=20 if len(names) > 2 else 0, ha="right" if len(names) > 2 else "center"
+    )
+    left.set(ylabel="accuracy on unseen questions", ylim=(0, 1.03))
+    left.legend(frameon=False, fontsize=8)
+    colours = (BLUE, ORANGE, GREEN, GREY)
+    for number, (name, result) in enumerate(results):
+        parts = result["sampled"]["by_difficulty"]
+        width = 0.8 / len(results)
+        places = [i + (number - (len(results) - 1) / 2) * width for i in range(len(parts))]
+        right.bar(places, [f["tool_calls"] for f in parts.values()], width, color=colours[number % 4], label=name)
+        right.set_xticks(range(len(parts)), list(parts))
+    right.set(xlabel="difficulty", ylabel="tool calls an episode")
+    right.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)

@@ -1,0 +1,231 @@
+"""From a checked configuration to the objects of a run: every part is made here and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import get_method, instantiate
+from rollout.engines.lockstep import Lockstep
+
+from rollout.chat import Chat
+from rollout.engines import Engine, Sampling
+from rollout.errors import UserError
+from rollout.runner import Runner
+from rollout.speaker import Policy
+from rollout.tasks import Task
+from rollout.weights import Probe, bound_for, model_logprobs, sync
+from training import journal
+from training.config import TrainingConfig
+from training.head import attach_head, respects_boundaries, token_logprobs
+from training.lora import add_adapter, base_model, merged_weights
+from training.models import build_tiny, load_policy
+from training.packing import MicroBatch
+from training.prompts import PromptOrder
+from training.stream import Axes, RolloutStream
+from training.trainer import Objective, RolloutTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+
+def make_task(config: Any) -> Task:
+    """The task that a ``task`` member describes."""
+    return instantiate(config)
+
+
+def initial_model(cfg: TrainingConfig, task: Task, directory: Path) -> Path | str:
+    """The folder or hub name that the run starts from; ``model=tiny`` is built into ``directory`` first."""
+    if cfg.model.path is not None:
+        return cfg.model.path
+    if not hasattr(task, "corpus"):
+        raise UserError(f"model=tiny: task {task.name} has no corpus for its tokenizer; give model=hf model.path=DIR")
+    if not (directory / "config.json").exists():
+        m = cfg.model
+        shape = {"hidden": m.hidden, "layers": m.layers, "heads": m.heads, "head_dim": m.head_dim, "mlp": m.mlp}
+        build_tiny(directory, task.corpus(), **shape, vocab=m.vocabulary, tied=m.tied, seed=cfg.seed)
+    return directory
+
+
+def make_policy_model(
+    cfg: TrainingConfig, path: Path | str, adapter: Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model to train, with its fused head and, for LoRA, its adapter."""
+    model, tokenizer = load_policy(path, dtype=cfg.model.dtype, attention=cfg.model.attention)
+    attach_head(model, temperature=cfg.sampling.temperature)
+    if cfg.lora is not None:
+        model = add_adapter(model, cfg.lora, adapter)
+    return model, tokenizer
+
+
+def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
+    """Start the engine member on a Hugging Face folder."""
+    return get_method(config._target_)(config, str(model_dir), log_path=log_path)
+
+
+def make_runner(cfg: Any, task: Task, engine: Engine) -> tuple[Runner, Engine]:
+    """The rollout thread, and the engine as its episodes see it: in lockstep where a run must be repeatable."""
+    lockstep = Lockstep(engine) if cfg.engine.deterministic else None
+    return Runner(task.environment, cfg.limits, lockstep), lockstep or engine
+
+
+def make_policy(cfg: TrainingConfig, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> Policy:
+    """How episodes speak in training."""
+    s = cfg.sampling
+    sampling = Sampling(max_tokens=1, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)
+    seed = cfg.seed if cfg.engine.deterministic else None
+    return Policy(engine, Chat(tokenizer), sampling, cfg.engine.max_model_len, seed=seed)
+
+
+def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
+    """The members of the run's axes; a reward that reads tool calls is refused for a task without tools."""
+    reward = instantiate(cfg.reward)
+    if getattr(reward, "needs_tools", False) and not task.tools():
+        raise UserError(f"reward: {type(reward).__name__} rewards tool calls, but task {task.name} has no tools")
+    return Axes(instantiate(cfg.budget), reward, instantiate(cfg.advantage), instantiate(cfg.selection))
+
+
+class EngineSync:
+    """Brings the engine to the trainer's weights, at most once a version, through the gate."""
+
+    def __init__(
+        self, cfg: TrainingConfig, runner: Runner, engine: Engine, model: Any, probe_ids: list[list[int]]
+    ) -> None:
+        bound = cfg.probe.bound if cfg.probe.bound is not None else bound_for(cfg.engine.dtype)
+        self.probe = Probe(probe_ids, bound)
+        self.runner, self.engine, self.model = runner, engine, model
+        self.timeout_s = cfg.engine.timeout_s
+        self.difference = 0.0
+        self._synced: int | None = None
+
+    def __call__(self, version: int) -> int:
+        if self._synced != version:
+            parts = sync(
+                self.engine,
+                merged_weights(self.model),
+                version,
+                probe=self.probe,
+                trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+            )
+            self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
+            self._synced = version
+        return version
+
+
+def probe_sequences(task: Task, chat: Chat, n: int) -> list[list[int]]:
+    """Fixed texts for the gate: the first prompts of the task, with the end of a turn after them."""
+    rows = itertools.islice(itertools.cycle(task.rows("train")), n)
+    return [chat.open(row.messages, task.tools()) + list(chat.stop_token_ids[:1]) for row in rows]
+
+
+def make_reference(cfg: TrainingConfig, model: Any, path: Path | str) -> Callable[[MicroBatch], torch.Tensor] | None:
+    """No-gradient log-probs of the policy that the run started from; None without a KL penalty."""
+    if cfg.kl.coef == 0:
+        return None
+    if cfg.lora is not None:  # the frozen base model is the reference: nothing more to hold in memory
+
+        def frozen(batch: MicroBatch) -> torch.Tensor:
+            with torch.no_grad(), model.disable_adapter():
+                return token_logprobs(model, batch)[0]
+
+        return frozen
+    reference, _ = load_policy(path, dtype=cfg.model.dtype, attention=cfg.model.attention)
+    attach_head(reference, temperature=cfg.sampling.temperature)
+    reference.requires_grad_(False).eval()
+
+    def scored(batch: MicroBatch) -> torch.Tensor:
+        reference.to(batch.input_ids.device)
+        with torch.no_grad():
+            return token_logprobs(reference, batch)[0]
+
+    return scored
+
+
+def training_arguments(cfg: TrainingConfig, run_dir: Path) -> Any:
+    """transformers.TrainingArguments of a run: what the loop needs is fixed, the rest comes from ``trainer``."""
+    from transformers import TrainingArguments
+
+    fixed = {
+        "output_dir": str(run_dir),
+        "max_steps": cfg.steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": cfg.checkpoint.every,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "ignore_data_skip": True,
+        "seed": cfg.seed,
+        "data_seed": cfg.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+        "bf16": False,
+        "gradient_checkpointing": torch.cuda.is_available(),
+        "report_to": ["tensorboard"],
+    }
+    return TrainingArguments(**{**fixed, **asdict(cfg.optimizer), **cfg.trainer})
+
+
+def make_trainer(
+    cfg: TrainingConfig,
+    run_dir: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    reference: Callable[[MicroBatch], torch.Tensor] | None,
+    callbacks: list[TrainerCallback],
+) -> RolloutTrainer:
+    """The trainer, its stream still to be set."""
+    objective = Objective(
+        instantiate(cfg.loss), instantiate(cfg.correction), cfg.anchor.kind == "recomputed", cfg.kl.coef, reference
+    )
+    arguments = training_arguments(cfg, run_dir)
+    return RolloutTrainer(
+        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks
+    )
+
+
+def make_stream(
+    cfg: TrainingConfig,
+    task: Task,
+    runner: Runner,
+    policy: Policy,
+    trainer: RolloutTrainer,
+    engine_sync: EngineSync,
+    log: journal.Journal,
+) -> RolloutStream:
+    """The stream that the trainer iterates over."""
+    axes = make_axes(cfg, task)
+    return RolloutStream(
+        PromptOrder(task.rows("train"), cfg.seed),
+        axes,
+        runner,
+        policy,
+        cfg.batch if packs(trainer.model, cfg) else unpacked(cfg.batch),
+        seed=cfg.seed,
+        pad_id=trainer.processing_class.pad_token_id,
+        max_new_tokens=cfg.limits.max_new_tokens,
+        sync=lambda: engine_sync(trainer.state.global_step),
+        anchor=trainer.logprobs if cfg.anchor.kind == "recomputed" else None,
+        on_round=lambda groups, advantages: log.write_episodes(
+            trainer.state.global_step + 1, groups, advantages, cfg.episodes_logged
+        ),
+        keep_zero=cfg.kl.coef != 0,
+        timeout_s=cfg.limits.episode_timeout_s * (cfg.limits.retries + 2),
+    )
+
+
+def packs(model: Any, cfg: TrainingConfig) -> bool:
+    """Whether the model keeps packed sequences apart; one that does not is trained on one sequence a row."""
+    rows = 2 if cfg.batch.row_tokens is not None else 1
+    return respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=rows)
+
+
+def unpacked(batch: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(batch, row_tokens=1)

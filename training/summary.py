@@ -1,0 +1,67 @@
+"""What a run comes to: summary.json, a table for people, and the next commands to type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rollout.display import console
+from training import checkpoint
+from training.config import TrainingConfig
+
+
+def summarise(stages: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Accuracy before and after on unseen questions, and where the time went; absent figures are left out."""
+    result: dict[str, Any] = {}
+    evaluations = stages["evaluations"]
+    ends = ({"before": evaluations[0]} if evaluations and evaluations[0]["step"] == 0 else {}) | (
+        {"after": evaluations[-1]} if evaluations and evaluations[-1]["step"] > 0 else {}
+    )
+    for end, evaluation in ends.items():
+        for mode, name in (("sampled", "accuracy"), ("greedy", "greedy")):
+            if mode in evaluation:
+                result[f"{name}_{end}"] = evaluation[mode]["accuracy"]
+    result["seconds_total"] = round(seconds, 1)
+    result["seconds_by_stage"] = {name: round(value, 1) for name, value in stages["seconds"].items()}
+    return result
+
+
+def show(result: dict[str, Any], stages: dict[str, Any], run_dir: Path, cfg: TrainingConfig) -> None:
+    """The summary table, the pictures' places, and what to type next."""
+    if stages["evaluations"]:
+        console.print(evaluation_table(stages["evaluations"]))
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds_by_stage"].items())
+    console.print(f"{result['seconds_total']:.0f} s in all: {seconds}", highlight=False)
+    console.print(f"pictures: {run_dir / 'reward.png'}  {run_dir / 'behaviour.png'}", highlight=False)
+    last = checkpoint.latest(run_dir / "checkpoints")
+    if last is not None:
+        task = f"task={cfg.task.name}" + (f" task.path={cfg.task.path}" if getattr(cfg.task, "path", None) else "")
+        console.print("next:", highlight=False)
+        for command in (
+            f"python -m serving checkpoint={last}",
+            f"python -m rollout.evaluate checkpoint={last} {task}",
+            f"tensorboard --logdir {run_dir}",
+        ):
+            console.print(f"  {command}", highlight=False)
+
+
+def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
+    """One row for each evaluation of the run."""
+    table = Table(title="unseen questions")
+    for column in ("step", "accuracy, sampled", "95% interval", "greedy", "tool calls", "tokens", "thinking", "facts"):
+        table.add_column(column, justify="right")
+    for evaluation in evaluations:
+        sampled = evaluation["sampled"]
+        table.add_row(
+            str(evaluation["step"]),
+            f"{sampled['accuracy']:.3f}",
+            f"{sampled['accuracy_low']:.3f} – {sampled['accuracy_high']:.3f}",
+            f"{evaluation['greedy']['accuracy']:.3f}" if "greedy" in evaluation else "–",
+            f"{sampled['tool_calls']:.2f}",
+            f"{sampled['tokens']:.1f}",
+            f"{sampled['thinking']:.2f}",
+            f"{sampled['facts']['accuracy']:.3f}" if "facts" in sampled else "–",
+        )
+    return table
