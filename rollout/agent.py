@@ -21,7 +21,7 @@ class Speaker(Protocol):
         """Begin: the policy reads the messages."""
 
     async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
-        """One assistant turn of at most ``max_tokens`` own tokens: the turn, its own tokens, and if the limit cut it."""
+        """One assistant turn of at most ``max_tokens``: the turn, how many it wrote, and whether the limit cut it."""
 
     async def read(self, episode: Episode, results: list[ToolResult]) -> None:
         """The policy reads what its calls returned, in their order."""

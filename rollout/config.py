@@ -1,7 +1,7 @@
 """Typed schemas of everything that produces episodes. Imports neither torch nor vLLM: configuration must be instant.
 
-A member of a Hydra group is a dataclass here: its fields are the settings, ``_target_`` names the class that reads them,
-and ``__post_init__`` refuses impossible values in one line.
+A member of a Hydra group is a dataclass here: its fields are the settings, ``_target_`` names the class that reads
+them, and ``__post_init__`` refuses impossible values in one line.
 """
 
 from __future__ import annotations

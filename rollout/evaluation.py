@@ -80,7 +80,7 @@ def by_difficulty(episodes: Sequence[Episode], samples: int = 1) -> dict[str, Fi
 
 
 def report(episodes: Sequence[Episode], rows: Sequence[Row], samples: int = 1) -> Figures:
-    """Figures over unseen questions. Those that a task marks as ``memorised`` are facts: reported apart, in ``facts``."""
+    """Figures over unseen questions; those that a task marks as ``memorised`` are reported apart, in ``facts``."""
     facts = {row.id for row in rows if row.extras.get("memorised")}
     unseen = [e for e in episodes if e.prompt_id not in facts] or list(episodes)
     result = figures(unseen, samples)

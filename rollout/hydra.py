@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> str:
 
 
 def guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """A command's body for ``hydra.main``: expected errors become one line and exit code 2 before Hydra adds its own."""
+    """A command's body for ``hydra.main``: expected errors become one line and exit code 2, before Hydra adds more."""
 
     @functools.wraps(task)
     def body(cfg: DictConfig) -> Any:

@@ -42,6 +42,13 @@ def _curve(axis: Any, rows: list[Row], key: str, colour: str, label: str) -> Non
     axis.plot(steps, smoothed(values), color=colour, linewidth=2, label=label)
 
 
+def _intervals(figures: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Accuracies, and their distances to both ends of their intervals."""
+    middle = [f["accuracy"] for f in figures]
+    low = [f["accuracy"] - f["accuracy_low"] for f in figures]
+    return middle, [low, [f["accuracy_high"] - f["accuracy"] for f in figures]]
+
+
 def plot_reward(rows: list[Row], evaluations: list[Row], path: Path) -> None:
     """Reward of the rollouts, and accuracy on unseen questions where it was measured."""
     figure, (axis,) = _axes(1)
@@ -49,20 +56,9 @@ def plot_reward(rows: list[Row], evaluations: list[Row], path: Path) -> None:
     for mode, colour in (("sampled", ORANGE), ("greedy", GREEN)):
         points = [(e["step"], e[mode]) for e in evaluations if mode in e]
         if points:
-            middle = [figures["accuracy"] for _, figures in points]
-            spread = [
-                [f["accuracy"] - f["accuracy_low"] for _, f in points],
-                [f["accuracy_high"] - f["accuracy"] for _, f in points],
-            ]
-            axis.errorbar(
-                [s for s, _ in points],
-                middle,
-                spread,
-                fmt="o--",
-                color=colour,
-                capsize=3,
-                label=f"accuracy on unseen questions, {mode}",
-            )
+            middle, spread = _intervals([f for _, f in points])
+            steps, label = [step for step, _ in points], f"accuracy on unseen questions, {mode}"
+            axis.errorbar(steps, middle, spread, fmt="o--", color=colour, capsize=3, label=label)
     axis.set(xlabel="step", ylabel="reward, accuracy", ylim=(0, 1.03))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=140)
@@ -88,15 +84,10 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
     for place, mode, colour in ((-0.18, "sampled", ORANGE), (0.18, "greedy", GREEN)):
         shown = [(i, r[mode]) for i, (_, r) in enumerate(results) if mode in r]
         if shown:
-            heights = [f["accuracy"] for _, f in shown]
-            spread = [
-                [f["accuracy"] - f["accuracy_low"] for _, f in shown],
-                [f["accuracy_high"] - f["accuracy"] for _, f in shown],
-            ]
+            heights, spread = _intervals([f for _, f in shown])
             left.bar([i + place for i, _ in shown], heights, 0.34, yerr=spread, capsize=3, color=colour, label=mode)
-    left.set_xticks(
-        range(len(names)), names, rotation=20 if len(names) > 2 else 0, ha="right" if len(names) > 2 else "center"
-    )
+    tilt = {"rotation": 20, "ha": "right"} if len(names) > 2 else {}
+    left.set_xticks(range(len(names)), names, **tilt)
     left.set(ylabel="accuracy on unseen questions", ylim=(0, 1.03))
     left.legend(frameon=False, fontsize=8)
     colours = (BLUE, ORANGE, GREEN, GREY)

@@ -78,7 +78,7 @@ class EngineSpeaker:
         if self.policy.chat.keeps_thinking:
             episode.sequences[-1].append_injected(self.policy.chat.tool_results(contents, self.policy.reasoning))
             return
-        # A template that strips earlier thinking rewrites history: what was sampled is one sequence, what follows another.
+        # A template that strips earlier thinking rewrites history: what follows is another sequence.
         self.messages.append(assistant_message(episode.turns[-1]))
         self.messages += [{"role": "tool", "name": r.call.name, "content": r.content} for r in results]
         ids = self.policy.chat.open(self.messages, self.tools, self.policy.reasoning)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import get_method, instantiate
-from rollout.engines.lockstep import Lockstep
 
 from rollout.chat import Chat
 from rollout.engines import Engine, Sampling
@@ -69,8 +68,12 @@ def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
 
 def make_runner(cfg: Any, task: Task, engine: Engine) -> tuple[Runner, Engine]:
     """The rollout thread, and the engine as its episodes see it: in lockstep where a run must be repeatable."""
-    lockstep = Lockstep(engine) if cfg.engine.deterministic else None
-    return Runner(task.environment, cfg.limits, lockstep), lockstep or engine
+    if not cfg.engine.deterministic:
+        return Runner(task.environment, cfg.limits), engine
+    from rollout.engines.lockstep import Lockstep
+
+    lockstep = Lockstep(engine)
+    return Runner(task.environment, cfg.limits, lockstep), lockstep
 
 
 def make_policy(cfg: TrainingConfig, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> Policy:

@@ -47,7 +47,7 @@ class LoraConfig:
 
 @dataclass
 class BatchConfig:
-    """How a step is cut. ``max_tokens``: longest packed micro-batch; ``row_tokens``: longest packed row (CPU: short)."""
+    """How a step is cut. ``max_tokens`` of a packed micro-batch, ``row_tokens`` of a packed row (on CPU: short)."""
 
     prompts: int = 32
     minibatches: int = 1
