@@ -78,8 +78,9 @@ class DatasetTask:
         wanted = self._splits[split]
         try:
             data = load_dataset(**self._source, split=wanted)
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+            # datasets ends with a bare StopIteration on an empty file
+            reason = str(error.__cause__ or error).strip().partition("\n")[0] or "a data file is empty"
             raise UserError(
                 f"task.path: cannot load split {wanted!r} of {self._source['path']}: {reason}; "
                 "see task.path, task.data_files and task.train_split, task.test_split (slices such as train[:90%] work)"
