@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from omegaconf import OmegaConf
 from transformers import TrainerCallback
 
@@ -192,6 +193,8 @@ def execute(cfg: TrainingConfig, composed: Any, run_dir: Path) -> dict[str, Any]
     """Run it; on Ctrl-C and on errors the last checkpoint stands and nothing else is left running."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    transformers.utils.logging.disable_progress_bar()  # bars of loading and saving tear our own display
+    transformers.utils.logging.set_verbosity_error()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     run = Run(cfg, run_dir)
     run.open(composed)

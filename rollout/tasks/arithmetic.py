@@ -147,7 +147,7 @@ class Arithmetic:
 
     def _row(self, difficulty: str, a: int, op: str, b: int, wording: int) -> Row:
         text = WORDINGS[wording].format(a=a, op=op, b=b, word=WORDS[op])
-        extras = {"a": a, "op": op, "b": b}
+        extras = {"a": a, "op": op, "b": b, "memorised": difficulty == "1"}
         return Row(row_id(text), [{"role": "user", "content": text}], compute(a, op, b), difficulty, extras)
 
     def demonstrations(self, n: int, seed: int = 0) -> Iterator[Demonstration]:
