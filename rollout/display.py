@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 LINE_EVERY_S = 10.0  # without a terminal
@@ -56,3 +58,37 @@ def stage(title: str, total: int, unit: str) -> Iterator[Stage]:
     )
     with Progress(*columns, console=console) as bar:
         yield Stage(title, total, unit, bar)
+
+
+def evaluation_table(
+    evaluations: list[tuple[str, dict[str, Any]]], title: str = "accuracy on unseen questions"
+) -> Table:
+    """One row for each named evaluation; ``facts`` are questions that the task trains exhaustively."""
+    table = Table(title=title)
+    for column in (
+        "",
+        "sampled",
+        "95% interval",
+        "greedy",
+        "tool calls",
+        "right / call",
+        "tokens",
+        "thinking",
+        "facts",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, evaluation in evaluations:
+        sampled, greedy = evaluation["sampled"], evaluation.get("greedy")
+        productivity = sampled["tool_productivity"]
+        table.add_row(
+            name,
+            f"{sampled['accuracy']:.3f}",
+            f"{sampled['accuracy_low']:.3f} – {sampled['accuracy_high']:.3f}",
+            f"{greedy['accuracy']:.3f}" if greedy else "–",
+            f"{sampled['tool_calls']:.2f}",
+            f"{productivity:.2f}" if productivity is not None else "–",
+            f"{sampled['tokens']:.1f}",
+            f"{sampled['thinking']:.2f}",
+            f"{sampled['facts']['accuracy']:.3f}" if "facts" in sampled else "–",
+        )
+    return table

@@ -121,7 +121,8 @@ class Episode:
 
     @property
     def own_tokens(self) -> int:
-        return sum(sequence.own_tokens for sequence in self.sequences)
+        """Tokens that the policy wrote; a server that keeps the ids to itself at least counts them."""
+        return self.extras.get("own_tokens") or sum(sequence.own_tokens for sequence in self.sequences)
 
     @property
     def tool_results(self) -> list[ToolResult]:

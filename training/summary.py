@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from rollout.display import console
+from rollout.display import console, evaluation_table
 from training import checkpoint
 from training.config import TrainingConfig
 
@@ -31,7 +29,7 @@ def summarise(stages: dict[str, Any], seconds: float) -> dict[str, Any]:
 def show(result: dict[str, Any], stages: dict[str, Any], run_dir: Path, cfg: TrainingConfig) -> None:
     """The summary table, the pictures' places, and what to type next."""
     if stages["evaluations"]:
-        console.print(evaluation_table(stages["evaluations"]))
+        console.print(evaluation_table([(f"step {e['step']}", e) for e in stages["evaluations"]]))
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds_by_stage"].items())
     console.print(f"{result['seconds_total']:.0f} s in all: {seconds}", highlight=False)
     console.print(f"pictures: {run_dir / 'reward.png'}  {run_dir / 'behaviour.png'}", highlight=False)
@@ -45,23 +43,3 @@ def show(result: dict[str, Any], stages: dict[str, Any], run_dir: Path, cfg: Tra
             f"tensorboard --logdir {run_dir}",
         ):
             console.print(f"  {command}", highlight=False)
-
-
-def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
-    """One row for each evaluation of the run."""
-    table = Table(title="unseen questions")
-    for column in ("step", "accuracy, sampled", "95% interval", "greedy", "tool calls", "tokens", "thinking", "facts"):
-        table.add_column(column, justify="right")
-    for evaluation in evaluations:
-        sampled = evaluation["sampled"]
-        table.add_row(
-            str(evaluation["step"]),
-            f"{sampled['accuracy']:.3f}",
-            f"{sampled['accuracy_low']:.3f} – {sampled['accuracy_high']:.3f}",
-            f"{evaluation['greedy']['accuracy']:.3f}" if "greedy" in evaluation else "–",
-            f"{sampled['tool_calls']:.2f}",
-            f"{sampled['tokens']:.1f}",
-            f"{sampled['thinking']:.2f}",
-            f"{sampled['facts']['accuracy']:.3f}" if "facts" in sampled else "–",
-        )
-    return table
