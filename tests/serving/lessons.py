@@ -39,7 +39,7 @@ def lessons(chat: Chat) -> list[tuple[list[int], str]]:
 
 
 def build_parrot(folder: Path) -> Path:
-    """A checkpoint that answers the lessons greedily; about ten seconds, on one thread: more only wait for each other."""
+    """A checkpoint that answers the lessons greedily; seconds, on one thread: more only wait for each other."""
     import torch
 
     from training.models import build_tiny, load_policy
@@ -52,12 +52,12 @@ def build_parrot(folder: Path) -> Path:
     width = max(len(prompt) + len(text) for prompt, text in rows)
     ids = torch.tensor([(p + t + [0] * width)[:width] for p, t in rows])
     labels = torch.tensor([([-100] * len(p) + t + [-100] * width)[:width] for p, t in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(300):
         loss = model(input_ids=ids, labels=labels).loss
-        if loss.item() < 1e-3:
+        if loss.item() < 5e-3:
             break
         optimizer.zero_grad()
         loss.backward()
