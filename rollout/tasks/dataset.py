@@ -7,13 +7,15 @@ from importlib import import_module
 from random import Random
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from rollout.environment import Row
 from rollout.errors import UserError
 from rollout.tasks import Split, ToolEnvironment, Verifier, row_id, verifiers
 from rollout.tools import Tool
 
 log = logging.getLogger(__name__)
-VERIFIER_TIMEOUT = 10.0  # seconds
+VERIFIER_TIMEOUT = 300.0  # seconds, waiting for a free math-verify process included
 
 
 class DatasetTask:
@@ -38,7 +40,8 @@ class DatasetTask:
         seed: int = 0,
     ) -> None:
         self.name = name
-        self._source = {"path": path, "name": config, "data_files": data_files}
+        files = OmegaConf.to_container(data_files) if OmegaConf.is_config(data_files) else data_files
+        self._source = {"path": path, "name": config, "data_files": files}
         self._splits = {"train": train_split, "test": test_split}
         self._columns = {"prompt_column": prompt_column, "answer_column": answer_column}
         if difficulty_column is not None:

@@ -19,7 +19,7 @@ from rollout.tools.calculator import calculator, evaluate
 
 STEP = re.compile(r"<<(.*?)>>")
 MANY_STEPS = 6
-VERIFIER_TIMEOUT = 10.0  # seconds; math-verify, for answers in LaTeX
+VERIFIER_TIMEOUT = 300.0  # seconds, waiting for a free math-verify process included
 
 
 class Gsm8k:
