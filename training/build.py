@@ -118,6 +118,10 @@ class EngineSync:
             self._synced = version
         return version
 
+    def forget(self) -> None:
+        """Sync again at the next call: something else has used the engine's prefix cache."""
+        self._synced = None
+
 
 def probe_sequences(task: Task, chat: Chat, n: int) -> list[list[int]]:
     """Fixed texts for the gate: the first prompts of the task, with the end of a turn after them."""

@@ -38,6 +38,8 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
     strategy, deepspeed = _strategy(cfg.trainer)
     bf16 = bool(cfg.trainer.get("bf16")) or cfg.model.dtype == "bfloat16"
     weights = BYTES[cfg.model.dtype]
+    adapter = weights if deepspeed else 4
+    trained = weights if lora is None else adapter
     return PlanInput(
         shape=memory.build_shape(_architecture(cfg), lora=lora),
         strategy=strategy,
@@ -46,8 +48,9 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
         weight_bytes=weights,
         compute_bytes=2 if bf16 else 4,
         # DeepSpeed keeps float32 weights and moments beside bfloat16 ones; torch's AdamW follows the weights' dtype.
-        master=deepspeed and weights == 2,
-        moment_bytes=4 if deepspeed else weights,
+        master=deepspeed and trained == 2,
+        moment_bytes=4 if deepspeed else trained,
+        adapter_bytes=adapter,
         checkpointing=bool(cfg.trainer.get("gradient_checkpointing")),
         max_tokens=cfg.batch.max_tokens,
         reference=cfg.kl.coef > 0,

@@ -60,6 +60,7 @@ class PlanInput:
 
     ``weight_bytes`` is what the trainer stores, ``compute_bytes`` what it multiplies in. ``master``: the optimizer
     keeps float32 weights beside bfloat16 ones (DeepSpeed). ``moment_bytes`` of each of AdamW's two moments.
+    ``adapter_bytes`` of an adapter's weight: peft makes them float32, DeepSpeed's bfloat16 turns them back.
     """
 
     shape: Shape
@@ -78,6 +79,7 @@ class PlanInput:
     samples: int
     minibatches: int = 1
     epochs: int = 1
+    adapter_bytes: int = FLOAT32
 
 
 @dataclass
@@ -163,14 +165,14 @@ def shards(strategy: Strategy, what: Literal["weights", "gradients", "optimizer"
 def model_states(p: PlanInput) -> dict[str, int]:
     """Weights, gradients and optimizer, bytes per GPU.
 
-    weights: parameters × weight_bytes, adapters included; gradients: trainable × weight_bytes; optimizer: trainable ×
-    (2 moments + 4 for a master copy). Each over ``shards``, rounded up.
+    weights: parameters × weight_bytes and adapter × adapter_bytes; gradients: as the weights that train; optimizer:
+    what trains × (2 moments + 4 for a master copy). Each over ``shards``, rounded up.
     """
     gpus = p.gpus - p.engine.own_gpus
     train = trainable(p.shape)
     sizes = {
-        "weights": (p.shape.parameters + p.shape.adapter) * p.weight_bytes,
-        "gradients": train * p.weight_bytes,
+        "weights": p.shape.parameters * p.weight_bytes + p.shape.adapter * p.adapter_bytes,
+        "gradients": train * (p.adapter_bytes if p.shape.adapter else p.weight_bytes),
         "optimizer": train * (2 * p.moment_bytes + (FLOAT32 if p.master else 0)),
     }
     return {name: math.ceil(size / shards(p.strategy, name, gpus)) for name, size in sizes.items()}  # type: ignore[arg-type]
@@ -191,33 +193,40 @@ def gathered(p: PlanInput) -> int:
     return 0
 
 
-def layer_activations(s: Shape, element_bytes: int) -> int:
+def layer_activations(s: Shape, element_bytes: int, adapter_bytes: int = FLOAT32) -> int:
     """Bytes per token that one decoder layer saves for its backward, with a fused attention that keeps no T × T matrix.
 
     A norm over n numbers keeps its float32 input (4n), 1/rms (4) and, where its gain trains, its value (bn). Linears
-    keep their inputs: b(2h) for attention and MLP, b(query) for the output projection, b(mlp) for the last. SwiGLU
-    keeps gate, its SiLU and up: 3b(mlp). Attention keeps q, k, v, its output and a float32 log-sum-exp a head.
-    LoRA on every linear keeps rank numbers more for each of seven, and frozen gains keep no value.
+    keep their inputs: b(2h) for attention and MLP, b(mlp) for the last. SwiGLU keeps gate, its SiLU and up: 3b(mlp).
+    Attention keeps q, k, v, its output (the last projection's input) and a float32 log-sum-exp a head. LoRA on every
+    linear keeps rank numbers more for each of seven, and frozen gains keep no value. Where its type is not the compute
+    type, each of the seven keeps an input of its own in that type, and the frozen linears none.
     """
     b = element_bytes
     gain = 0 if s.adapter else b
     norms = 2 * (FLOAT32 + gain) * s.hidden + 2 * FLOAT32
     if s.qk_norm:  # one norm for every head of q and k
         norms += (FLOAT32 + gain) * (s.query + s.key) + FLOAT32 * s.heads * (s.query + s.key) // s.query
-    linears = b * (2 * s.hidden + s.query + s.mlp) + 7 * b * s.rank
-    attention = b * (s.query + 2 * s.key) + FLOAT32 * s.heads
-    return norms + linears + attention + 3 * b * s.mlp
+    linears = b * (2 * s.hidden + s.mlp)
+    if s.adapter and adapter_bytes != b:
+        linears = adapter_bytes * (5 * s.hidden + s.query + s.mlp)
+    attention = b * 2 * (s.query + s.key) + FLOAT32 * s.heads
+    return norms + linears + 7 * adapter_bytes * s.rank + attention + 3 * b * s.mlp
 
 
 def kept_activations(p: PlanInput) -> int:
     """What all layers keep until the backward reaches them: T × layers × (b·hidden with checkpointing, else all)."""
-    each = p.compute_bytes * p.shape.hidden if p.checkpointing else layer_activations(p.shape, p.compute_bytes)
+    each = (
+        p.compute_bytes * p.shape.hidden
+        if p.checkpointing
+        else layer_activations(p.shape, p.compute_bytes, p.adapter_bytes)
+    )
     return p.max_tokens * p.shape.layers * each
 
 
 def layer_work(p: PlanInput) -> int:
     """The backward of one layer: its recomputed activations (checkpointing), and three gradients of the MLP's width."""
-    recomputed = layer_activations(p.shape, p.compute_bytes) if p.checkpointing else 0
+    recomputed = layer_activations(p.shape, p.compute_bytes, p.adapter_bytes) if p.checkpointing else 0
     return p.max_tokens * (recomputed + p.compute_bytes * (3 * p.shape.mlp + p.shape.hidden))
 
 

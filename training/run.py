@@ -90,6 +90,9 @@ class Run:
             ids = build.probe_sequences(task, chat, cfg.probe.sequences)
             engine_sync = build.EngineSync(cfg, runner, seen_engine, model, ids)
             journal = Journal(self.dir)
+            done = json.loads((resume / "trainer_state.json").read_text())["global_step"] if resume is not None else 0
+            journal.cut_after(done)
+            self.stages["evaluations"] = [e for e in self.stages["evaluations"] if e["step"] <= done]
 
             def measure(step: int, questions: int | None, title: str) -> None:
                 rows = task.rows("test")[:questions]
@@ -103,6 +106,7 @@ class Run:
                         cfg.evaluation,
                         lambda mode, done, total: shown.update(behind[mode] + done),
                     )
+                engine_sync.forget()
                 self.stages["evaluations"].append({"step": step, **result})
                 self.remember()
 
@@ -117,11 +121,9 @@ class Run:
                 if resume is not None:
                     state = torch.load(resume / "stream.pt", weights_only=False)
                     trainer.stream.load_state_dict(state)
-                    step = json.loads((resume / "trainer_state.json").read_text())["global_step"]
-                    journal.cut_after(step)
-                    self.stages["evaluations"] = [e for e in self.stages["evaluations"] if e["step"] <= step]
                 with self.timed("training"):
-                    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+                    if done < cfg.steps:  # transformers would train one step too many
+                        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             if cfg.evaluation.after and not any(e["step"] == cfg.steps for e in self.stages["evaluations"][1:]):
                 measure(cfg.steps, cfg.evaluation.questions, "evaluation after")
         return self.finish()

@@ -1,0 +1,62 @@
+"""Real training runs in processes of their own, started quickly: a fork server imports torch and vLLM once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+from rollout.episode import Episode
+
+
+class LengthReward:
+    """A reward that varies even for an untrained policy."""
+
+    needs_tools = False
+
+    def __call__(self, group: Sequence[Episode]) -> list[dict[str, float]]:
+        return [
+            {"length": episode.own_tokens / 16 + len(set(episode.sequences[0].token_ids)) / 50} for episode in group
+        ]
+
+
+SMALL = [
+    "experiment=quickstart",
+    "overwrite=false",
+    "warm_start=none",
+    "reward._target_=tests.training.launch.LengthReward",
+    "model.hidden=64",
+    "model.heads=2",
+    "model.mlp=128",
+    "task.size=64",
+    "task.test_size=20",
+    "batch.prompts=4",
+    "budget.samples=2",
+    "limits.max_new_tokens=16",
+    "engine.max_num_seqs=8",
+    "engine.kv_cache_gib=0.1",
+    "evaluation.before=false",
+    "evaluation.after=false",
+]
+
+
+def context() -> ForkServerContext:
+    """Processes that start with the heavy imports done; each is a fresh copy, and SIGKILL is real."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    fork_server = multiprocessing.get_context("forkserver")
+    fork_server.set_forkserver_preload(["torch", "vllm", "training.run"])
+    return fork_server
+
+
+def train(overrides: list[str], output: Path) -> None:
+    """``python -m training`` in this process; what it prints goes to ``output``."""
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["training", *overrides]
+    from training.__main__ import main
+
+    main()

@@ -1,0 +1,73 @@
+"""Killed at random instants and resumed, a deterministic run ends with the same bits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from tests.training.launch import SMALL, context, train
+
+from rollout.plots import read_jsonl
+
+STEPS = 24
+KILLS = 5
+
+
+def settings(run_dir: Path) -> list[str]:
+    exact = ["engine.deterministic=true", f"steps={STEPS}", "checkpoint.every=1", "batch.minibatches=2"]
+    return [*SMALL, *exact, "optimizer.learning_rate=0.01", f"run_dir={run_dir}"]
+
+
+@pytest.mark.timeout(420)
+def test_five_kills_leave_the_same_weights(tmp_path: Path) -> None:
+    processes = context()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = processes.Process(target=train, args=(settings(whole), tmp_path / "whole.log"))
+    reference.start()
+    reference.join(300)
+    assert reference.exitcode == 0, (tmp_path / "whole.log").read_text()[-2000:]
+
+    rng, log = random.Random(0), tmp_path / "killed.log"
+    kills = 0
+    while True:
+        overrides = [*settings(killed), f"resume={str(kills > 0).lower()}"]
+        process = processes.Process(target=train, args=(overrides, log))
+        process.start()
+        before = len(read_jsonl(killed / "metrics.jsonl"))
+        if kills < KILLS:
+            # Wait until it really trains, then a random moment: mid-rollout, mid-step or mid-save.
+            for _ in range(3000):
+                process.join(0.02)
+                if process.exitcode is not None or len(_rows(killed)) > before:
+                    break
+            process.join(rng.random())
+            if process.exitcode is None:
+                process.kill()
+                process.join(30)
+                kills += 1
+                continue
+        process.join(120)
+        break
+    assert process.exitcode == 0, log.read_text()[-2000:]
+    assert kills == KILLS, "the run ended before it was killed often enough"
+    a, b = (load_file(run / "checkpoints" / f"step-{STEPS}" / "model.safetensors") for run in (whole, killed))
+    assert a.keys() == b.keys()
+    assert all((a[name] == b[name]).all() for name in a)
+    assert steps(killed) == steps(whole) == list(range(1, STEPS + 1))
+    assert rewards(killed) == rewards(whole)
+    assert not list((killed / "checkpoints").glob(".*")), "a half-written checkpoint was left behind"
+
+
+def _rows(run_dir: Path) -> list[str]:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [row["step"] for row in read_jsonl(run_dir / "metrics.jsonl")]
+
+
+def rewards(run_dir: Path) -> list[float | None]:
+    return [row.get("reward") for row in read_jsonl(run_dir / "metrics.jsonl")]
