@@ -40,7 +40,9 @@ def tool(function: Callable[..., Any] | None = None, *, timeout: float | None = 
         return lambda f: tool(f, timeout=timeout)
     from transformers.utils import get_json_schema
 
-    return Tool(function.__name__, get_json_schema(function), function, timeout)
+    schema = get_json_schema(function)
+    schema["function"].pop("return", None)  # transformers' own; OpenAI's format has no such key
+    return Tool(function.__name__, schema, function, timeout)
 
 
 TYPES: dict[str, tuple[type, ...]] = {

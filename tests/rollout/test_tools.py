@@ -43,7 +43,7 @@ def run(made: Tool, **arguments: object) -> str:
 
 def test_the_schema_comes_from_the_signature() -> None:
     function = repeat.schema["function"]
-    assert function["name"] == "repeat"
+    assert function["name"] == "repeat" and set(function) == {"name", "description", "parameters"}
     assert function["parameters"]["required"] == ["text"]
     assert function["parameters"]["properties"]["times"]["type"] == "integer"
 
