@@ -45,32 +45,33 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def respects_boundaries(model: torch.nn.Module, vocab_size: int, *, rows: int = 1, tolerance: float = 1e-3) -> bool:
-    """Whether packed sequences have the log-probs that they have alone: a probe of 46 random tokens a row.
+def respects_boundaries(model: torch.nn.Module, vocab_size: int, *, rows: int = 1) -> bool:
+    """Whether sequences packed two a row have the log-probs that they have alone: a probe of random tokens.
 
     False for models that ignore ``position_ids`` (run those with ``row_tokens=1``), and for variable-length attention
-    with ``rows`` above 1 (run that with one row a micro-batch). ``tolerance`` in nats: rounding of the model's dtype
-    stays below it, attention across a boundary does not.
+    with ``rows`` above 1 (run that with one row a micro-batch). The yardstick is what the second sequence's log-probs
+    become when it does see the first: packing may move them by a quarter of that, which bfloat16 stays below and any
+    leak across the boundary does not.
     """
-    generator = np.random.default_rng(0)
-    sequences = [_probe_sequence(generator, index, vocab_size) for index in range(2 * rows)]
+    generator, length = np.random.default_rng(0), 23
+    tokens = generator.integers(0, vocab_size, (rows, 2 * length))
     device = next(model.parameters()).device
-    row_tokens = 2 * len(sequences[0])
-    (packed,) = pack(sequences, max_tokens=rows * row_tokens, row_tokens=row_tokens, pad_id=0)
     was_training = model.training
     model.eval()
-    together = token_logprobs(model, packed.to(device))[0]
-    alone = {}
-    for sequence in sequences:
-        (batch,) = pack([sequence], max_tokens=row_tokens, pad_id=0)
-        alone[sequence.index] = token_logprobs(model, batch.to(device))[0]
+
+    def logprobs(sequences: list[TrainSequence]) -> torch.Tensor:
+        (batch,) = pack(sequences, max_tokens=rows * 2 * length, row_tokens=2 * length, pad_id=0)
+        return token_logprobs(model, batch.to(device))[0].reshape(-1, length - 1)
+
+    halves = tokens.reshape(2 * rows, length)
+    together = logprobs([_probe(ids, 0, index) for index, ids in enumerate(halves)])[1::2]
+    alone = torch.cat([logprobs([_probe(ids, 0, 0)]) for ids in halves[1::2]])
+    leaked = torch.cat([logprobs([_probe(ids, length, 0)]) for ids in tokens])
     model.train(was_training)
-    order = dict.fromkeys(packed.own(packed.sequence_ids).tolist())
-    return bool((together - torch.cat([alone[index] for index in order])).abs().max() <= tolerance)
+    return bool((together - alone).abs().mean() <= 0.25 * (leaked - alone).abs().mean())
 
 
-def _probe_sequence(generator: np.random.Generator, index: int, vocab_size: int, length: int = 23) -> TrainSequence:
-    zeros = np.zeros(length)
-    own = np.arange(length) > 0
-    ids = generator.integers(0, vocab_size, length)
-    return TrainSequence(ids, own, zeros, zeros, zeros, index, np.where(own, 0, -1))
+def _probe(ids: np.ndarray, prompt: int, index: int) -> TrainSequence:
+    """A sequence whose tokens after position ``prompt`` are the policy's own."""
+    zeros = np.zeros(len(ids))
+    return TrainSequence(ids, np.arange(len(ids)) > prompt, zeros, zeros, zeros, index, zeros)

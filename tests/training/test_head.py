@@ -10,7 +10,7 @@ VOCABULARY = 97
 LENGTHS = [5, 9, 17, 2, 11]
 
 
-def tiny_qwen3():
+def tiny_qwen3(scale=4):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -27,7 +27,7 @@ def tiny_qwen3():
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # far from uniform, so that a wrong mask shows
         for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)
+            parameter.mul_(scale if parameter.dim() == 2 else 1)
     return model
 
 
@@ -112,10 +112,26 @@ class Blind(torch.nn.Module):
         return self.model(**inputs)
 
 
+class Leaky(torch.nn.Module):
+    """Positions restart, but attention goes on across boundaries: variable-length attention given several rows."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, **inputs):
+        return self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_probe_tells_models_apart(model, rows):
+@pytest.mark.parametrize("scale", [1, 4])
+def test_the_probe_tells_models_apart(rows, dtype, scale):
+    model = tiny_qwen3(scale).to(dtype)
+    attach_head(model)
     assert respects_boundaries(model, VOCABULARY, rows=rows)
     assert not respects_boundaries(Blind(model), VOCABULARY, rows=rows)
+    assert not respects_boundaries(Leaky(model), VOCABULARY, rows=rows)
 
 
 def test_the_probe_leaves_the_mode_as_it_was(model):
