@@ -6,13 +6,12 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PYTHON
 
-# Pure arithmetic and configuration: typed, and free of vLLM and trainers.
-PURE := $(wildcard \
-	rollout/episode.py rollout/environment.py rollout/errors.py rollout/config.py rollout/buffer.py rollout/metrics.py \
-	rollout/tools/__init__.py rollout/engines/__init__.py \
-	training/advantages.py training/losses.py training/corrections.py training/aggregation.py training/selection.py \
-	training/packing.py training/objective.py training/budgets.py training/memory.py training/dry_run.py training/config.py serving/config.py \
-	hydra_plugins/local_gpus/*.py benchmarks/report.py)
+# Pure arithmetic, data and configuration: typed.
+PURE := hydra_plugins/local_gpus benchmarks/report.py serving/config.py serving/parsers.py rollout/tools rollout/tasks \
+	$(addprefix rollout/,agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py weights.py \
+		engines/__init__.py) \
+	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py head.py losses.py \
+		memory.py objective.py packing.py prompts.py selection.py rewards)
 
 # One thread each: on small models more threads are slower, and the shared engine has threads of its own. No network in tests.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_OMP_THREADS_BIND=nobind \

@@ -1,0 +1,115 @@
+"""Every file in conf/ composes in its root, and the commands answer at once, with errors on one line."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rollout import config as rollout_config
+from rollout.hydra import conf_dir
+from serving import config as serving_config
+from training import config as training_config
+
+CONF = Path(conf_dir())
+ROOTS = sorted(file.stem for file in CONF.glob("*.yaml"))
+# Which root a group belongs to is read from the root's own defaults: a group that none names has no reader.
+GROUPS = {root: re.findall(r"^  - (\w+):", (CONF / f"{root}.yaml").read_text(), re.M) for root in ROOTS}
+MEMBERS = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.glob("*/*.yaml"))
+COMMANDS = ["training", "rollout.evaluate", "serving"]
+# What only the user can say: a path of the data, of the model, of the checkpoint
+GIVEN = {
+    "task/gsm8k": ["task.path=x"],
+    "task/dataset": ["task.path=x"],
+    "model/hf": ["model.path=x"],
+    "root/serving": ["checkpoint=x"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schemas():
+    rollout_config.register()
+    serving_config.register()
+    training_config.register()
+
+
+def composed(root: str, *overrides: str):
+    from rollout.hydra import to_object
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_object(compose(root, overrides=["run_dir=unused", *GIVEN.get(f"root/{root}", []), *overrides]))
+
+
+def test_every_group_is_read_by_a_root():
+    read = {group for groups in GROUPS.values() for group in groups}
+    assert {member.partition("/")[0] for member in MEMBERS} <= read
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_roots_compose(root):
+    composed(root)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_composes_in_every_root_that_has_its_group(member):
+    group, name = member.split("/")
+    for root in (root for root in ROOTS if group in GROUPS[root]):
+        composed(root, f"{group}={name}", *GIVEN.get(member, []))
+
+
+@pytest.mark.parametrize("name", [member.partition("/")[2] for member in MEMBERS if member.startswith("experiment/")])
+def test_experiments_pass_the_checks_across_groups(name):
+    needs = ["task.path=x"] if re.search(r"/task: gsm8k", (CONF / "experiment" / f"{name}.yaml").read_text()) else []
+    composed("training", f"experiment={name}", *needs).check()
+
+
+def command(module: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    line = [sys.executable, *options, "-m", module, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=CONF.parent, check=False)
+
+
+def wall_seconds(module: str, *arguments: str) -> float:
+    start = time.monotonic()
+    command(module, *arguments)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=["help", "cfg"])
+def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, arguments):
+    answered = command(module, *arguments, options=("-X", "importtime"))
+    lines = [line for line in answered.stderr.splitlines() if not line.startswith("import time:")]
+    assert answered.returncode == 0, lines
+    packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in answered.stderr.splitlines()}
+    assert "hydra" in packages
+    assert not packages & {"torch", "vllm", "transformers", "trl", "datasets"}
+    assert "run_dir" in answered.stdout
+    # The best of three: another process may hold the cores.
+    assert any(wall_seconds(module, *arguments) < 3 for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "module, arguments, line",
+    [
+        ("training", ["stepz=3"], r"error: stepz: unknown key; did you mean steps\?"),
+        ("training", ["engine.max_seqs=3"], r"error: engine\.max_seqs: unknown key; .* mean engine\.max_num_seqs\?"),
+        ("training", ["steps=many"], r"error: steps: .*'many'.*"),
+        ("training", ["budget.samples=0"], r"error: budget\.samples: 0 must be at least 1.*"),
+        ("training", ["loss=clipp"], r"error: loss=clipp: no such choice; there are: .*clip.*"),
+        ("training", ["sampling.top_p=0.9"], r"error: sampling\.top_p: training samples the full distribution.*"),
+        ("training", ["correction=tis"], r"error: correction: .*anchor=recomputed.*"),
+        ("rollout.evaluate", ["limits.max_turn=3"], r"error: limits\.max_turn: unknown key; .*\.max_turns\?"),
+        ("rollout.evaluate", [], r"error: checkpoint: give checkpoint=DIR or url=.*"),
+        ("rollout.evaluate", ["task=gsm8k", "checkpoint=x"], r"error: task\.path: required and not given.*"),
+        ("serving", ["checkpoint=x", "port=http"], r"error: port: .*'http'.*"),
+        ("serving", [], r"error: checkpoint: required and not given; add checkpoint=.*"),
+    ],
+)  # fmt: skip
+def test_bad_configuration_is_one_line_and_exit_code_2(module, arguments, line):
+    answered = command(module, *arguments, *([] if module == "serving" else ["run_dir=/nonexistent/never"]))
+    assert answered.returncode == 2, answered.stderr[-2000:]
+    assert re.fullmatch(line, answered.stderr.strip()), answered.stderr
+    assert not answered.stdout
