@@ -66,9 +66,11 @@ def test_experiments_pass_the_checks_across_groups(name):
     composed("training", f"experiment={name}", *needs).check()
 
 
-def command(module: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def command(
+    module: str, *arguments: str, cwd: Path = CONF.parent, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     line = [sys.executable, *options, "-m", module, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=CONF.parent, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=cwd, check=False)
 
 
 def wall_seconds(module: str, *arguments: str) -> float:
@@ -108,8 +110,18 @@ def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, argu
         ("serving", [], r"error: checkpoint: required and not given; add checkpoint=.*"),
     ],
 )  # fmt: skip
-def test_bad_configuration_is_one_line_and_exit_code_2(module, arguments, line):
-    answered = command(module, *arguments, *([] if module == "serving" else ["run_dir=/nonexistent/never"]))
+def test_bad_configuration_is_one_line_and_exit_code_2(module, arguments, line, tmp_path):
+    answered = command(module, *arguments, cwd=tmp_path)
     assert answered.returncode == 2, answered.stderr[-2000:]
     assert re.fullmatch(line, answered.stderr.strip()), answered.stderr
     assert not answered.stdout
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100"])
+def test_dry_run_prints_the_plan_and_refuses_what_cannot_fit(recipe, tmp_path):
+    planned = command("training", f"experiment={recipe}", "dry_run=true", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "GiB per GPU" in planned.stdout and "batch plan" in planned.stdout
+    refused = command("training", f"experiment={recipe}", "dry_run=true", "node.gpu_memory_gib=16", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert re.fullmatch(r"error: .* GiB too (much|little).*; .*", refused.stderr.strip()), refused.stderr
