@@ -22,6 +22,11 @@ def run(composed: DictConfig) -> float | None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if cfg.threads is not None:  # before torch reads it
         os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    if cfg.dry_run:
+        from training.dry_run import dry_run
+
+        dry_run(cfg)
+        return None
     from training.run import execute
 
     return execute(cfg, composed, run_dir()).get("accuracy_after")

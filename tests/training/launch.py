@@ -23,6 +23,12 @@ class LengthReward:
         ]
 
 
+class ToolReward(LengthReward):
+    """Reads tool calls, so a task must have tools."""
+
+    needs_tools = True
+
+
 SMALL = [
     "experiment=quickstart",
     "overwrite=false",

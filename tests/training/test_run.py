@@ -1,0 +1,147 @@
+"""Whole training runs in processes of their own: what they leave, and how they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollout.plots import read_jsonl
+from tests.training.launch import SMALL, context, train
+
+
+def run(overrides: list[str], log: Path, before: object = None) -> tuple[int | None, str]:
+    process = context().Process(target=before or train, args=(overrides, log))
+    process.start()
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with everything in it: warm start, evaluations, minibatches, recomputed anchor, KL."""
+    root = tmp_path_factory.mktemp("run")
+    overrides = [
+        *SMALL,
+        "warm_start=sft",
+        "warm_start.steps=12",
+        "warm_start.batch_size=16",
+        "steps=4",
+        "batch.minibatches=2",
+        "anchor=recomputed",
+        "correction=tis",
+        "kl.coef=0.01",
+        "evaluation.before=true",
+        "evaluation.after=true",
+        "evaluation.every=2",
+        "evaluation.questions=10",
+        "checkpoint.every=2",
+        f"run_dir={root / 'run'}",
+    ]
+    code, text = run(overrides, root / "log")
+    assert code == 0, text[-3000:]
+    return root / "run"
+
+
+def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json", "engine.log", "reward.png"):
+        assert (finished / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-2", "step-4", "warm_start"]
+    assert list((finished / "tensorboard").glob("events*"))
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["sync/difference"] < 1e-4 for row in rows)
+    assert all(row["policy/mismatch_max"] < 1e-3 for row in rows if row["step"] % 2), "first update of a round"
+    assert rows[0]["policy/kl"] < 1e-6 < rows[3]["policy/kl"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "greedy_before", "greedy_after"} <= summary.keys()
+    assert summary["seconds_by_stage"].keys() == {"warm_start", "engine_start", "evaluation", "training"}
+    evaluations = json.loads((finished / "stages.json").read_text())["evaluations"]
+    assert [e["step"] for e in evaluations] == [0, 2, 4]
+
+
+def test_the_checkpoint_is_an_ordinary_folder(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished / "checkpoints" / "step-4"
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert model.config.architectures == ["Qwen3ForCausalLM"]
+
+
+def test_episodes_can_be_read(finished: Path) -> None:
+    rows = read_jsonl(finished / "episodes.jsonl")
+    assert {"step", "advantage", "prompt_id", "success", "rewards", "turns", "status"} <= rows[0].keys()
+
+
+def test_a_run_is_never_overwritten_unasked(finished: Path, tmp_path: Path) -> None:
+    code, text = run([*SMALL, f"run_dir={finished}"], tmp_path / "log")
+    assert code == 2
+    assert text == f"error: run_dir: {finished} holds a run already; resume=true goes on, overwrite=true replaces it\n"
+
+
+def test_a_tool_reward_needs_tools(tmp_path: Path) -> None:
+    reward = "reward._target_=tests.training.launch.ToolReward"
+    code, text = run([*SMALL, "task.use_tool=false", reward, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
+    assert code == 2
+    assert text == "error: reward: ToolReward rewards tool calls, but task arithmetic has no tools\n"
+
+
+def train_on_a_full_disk(overrides: list[str], log: Path) -> None:
+    """No file may grow above 200 kB, so that the weights cannot be written: what a full disk does to a save."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    from training import checkpoint
+
+    writing = checkpoint.writing
+
+    def limited(*args: object, **kwargs: object) -> object:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        return writing(*args, **kwargs)  # type: ignore[arg-type]
+
+    checkpoint.writing = limited  # type: ignore[assignment]
+    train(overrides, log)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    overrides = [*SMALL, "steps=2", "checkpoint.every=1", f"run_dir={tmp_path / 'run'}"]
+    code, text = run(overrides, tmp_path / "log", train_on_a_full_disk)
+    assert code == 2, text[-3000:]
+    last = text.splitlines()[-1]
+    assert last.startswith(f"error: cannot write {tmp_path}") and "free disk space" in last
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_an_engine_that_dies_stops_the_run_with_one_line_and_no_orphan(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*SMALL, "engine=vllm_process", "steps=2000", "engine.kv_cache_gib=0.1", f"run_dir={run_dir}"]
+    process = context().Process(target=train, args=(overrides, tmp_path / "log"))
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(run_dir / "metrics.jsonl")) < 2 and time.monotonic() < deadline:
+        process.join(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    core = [p for p in family if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())]
+    assert core, [p.cmdline() for p in family]
+    os.kill(core[0].pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 2, (tmp_path / "log").read_text()[-3000:]
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("error: ") and "engine" in last.lower()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_resume_goes_on_where_the_run_stopped(finished: Path, tmp_path: Path) -> None:
+    overrides = [line for line in SMALL if line != "overwrite=false"]
+    code, text = run([*overrides, "overwrite=false", "steps=6", "resume=true", f"run_dir={finished}"], tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
