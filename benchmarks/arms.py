@@ -1,0 +1,50 @@
+"""Arms of a benchmark, each in a fresh interpreter; what a stopped run had finished is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+STORE = Path("outputs/benchmarks")
+
+
+def run_arms(
+    name: str, arms: Mapping[str, dict[str, Any]], note: Callable[[str], None], *, timeout_s: float = 1200.0
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run ``python -m benchmarks.NAME --arm SETTINGS`` per arm; give its name and the JSON object on its last line.
+
+    Results are kept under ``outputs/benchmarks/NAME`` until all arms are done, by the arm's settings and the commit.
+    """
+    folder = STORE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm, settings in arms.items():
+        text = json.dumps(settings, sort_keys=True)
+        path = folder / f"{arm}-{hashlib.sha256((text + commit()).encode()).hexdigest()[:12]}.json"
+        if path.exists():
+            note(f"{arm}: read back from {path}")
+        else:
+            note(f"{arm} …")
+            path.write_text(run_arm(name, text, timeout_s))
+        yield arm, json.loads(path.read_text())
+    shutil.rmtree(folder)
+
+
+def run_arm(name: str, settings: str, timeout_s: float) -> str:
+    """The last line that one arm printed; its errors go to the terminal."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--arm", settings]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def commit() -> str:
+    """The commit of the code, or nothing where there is no git."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
