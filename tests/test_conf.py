@@ -53,7 +53,7 @@ def test_roots_compose(root):
     composed(root)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", [member for member in MEMBERS if not member.startswith("experiment/")])
 def test_every_member_composes_in_every_root_that_has_its_group(member):
     group, name = member.split("/")
     for root in (root for root in ROOTS if group in GROUPS[root]):
