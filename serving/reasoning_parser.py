@@ -31,7 +31,6 @@ def turn_start(tokenizer: Any, arguments: dict[str, Any]) -> Start:
     )
 
 
-@ReasoningParserManager.register_module("turnstile")
 class TurnstileReasoningParser(BaseThinkingReasoningParser):
     """``<think>…</think>`` in front of the answer. Calls inside it stay thinking, as in training."""
 
@@ -72,3 +71,6 @@ class TurnstileReasoningParser(BaseThinkingReasoningParser):
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         opened = [self.start_token_id] if self.start is Start.THINKING else []
         return super().count_reasoning_tokens([*opened, *token_ids])
+
+
+ReasoningParserManager.register_lazy_module("turnstile", __name__, TurnstileReasoningParser.__name__)

@@ -19,6 +19,10 @@ from pathlib import Path
 from rollout.errors import EngineDied, UserError, WaitTimeout
 
 PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+MAX_CHARS = 300  # of an error taken from the log
+LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] )?")
+ERROR_LINE = re.compile(r"([\w.]*(Error|Exception)|[\w.]+: error): ")
+ELSEWHERE = re.compile(r"[Ss]ee (root cause|stack trace)")  # an error that only points to another
 
 
 def free_port(host: str, port: int) -> int:
@@ -86,21 +90,30 @@ class Server:
         raise EngineDied(f"the server ended with code {code}: {self.last_words()} (log: {self.log})")
 
     def stop(self, timeout: float) -> None:
-        """Ask for an orderly end, wait ``timeout`` seconds, then kill the whole session. Safe to call twice."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+        """Ask for an orderly end, wait ``timeout`` seconds, then kill the session; a second Ctrl-C kills at once."""
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGINT)
                 self.process.wait(timeout)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass  # what is left is killed below
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def last_words(self) -> str:
-        """The last line of the log that names an error, else its last line."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        named = [line for line in lines if re.search(r"(\w*Error|\w*Exception|error):", line)]
-        line = (named or lines or ["no output"])[-1]
-        return re.sub(r"^(\(\w+ pid=\d+\) )?(ERROR \S+ \S+ \[[^]]*\] )?", "", line)
+        """The last error in the log, rather one that does not point to another; else the last line."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = [LOG_PREFIX.sub("", line).strip() for line in text.splitlines() if line.strip()]
+        errors = [i for i, line in enumerate(lines) if ERROR_LINE.match(line)]
+        named = [i for i in errors if not ELSEWHERE.search(lines[i])] or errors
+        if not named:
+            return lines[-1] if lines else "it printed nothing"
+        line = lines[named[-1]]
+        if " validation error" in line:  # pydantic says what is wrong on the line after
+            line = lines[min(named[-1] + 1, len(lines) - 1)]
+        return line if len(line) <= MAX_CHARS else f"{line[:MAX_CHARS]}…"
 
 
 def _die_with_parent() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,13 +30,26 @@ def start(code: str, log: Path) -> Server:
     return Server([sys.executable, "-c", code], {}, url, log)
 
 
-def test_death_at_start_is_explained(tmp_path: Path) -> None:
-    code = (
-        "print('(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:1] ValueError: no memory\\nlast'); raise SystemExit(1)"
-    )
-    server = start(code, tmp_path / "engine.log")
-    with pytest.raises(EngineDied, match=r"did not start: ValueError: no memory \(log: .*engine.log\)"):
+ENGINE = "(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:1] "
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (f"{ENGINE}ValueError: no memory\nlast", "ValueError: no memory"),
+        (f"{ENGINE}ValueError: no memory\n  RuntimeError: failed. See root cause above.", "ValueError: no memory"),
+        ("x.ValidationError: 1 validation error for M\n  Value error, too long\n  more", "Value error, too long"),
+        ("api_server.py: error: unrecognized arguments: --x", "api_server.py: error: unrecognized arguments: --x"),
+        ("E.DeadError: see above. See stack trace\nleaks", "E.DeadError: see above. See stack trace"),
+        ("some words\nlast words", "last words"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_death_at_start_is_explained(tmp_path: Path, log: str, words: str) -> None:
+    server = start(f"print({log!r}); raise SystemExit(1)", tmp_path / "engine.log")
+    with pytest.raises(EngineDied) as raised:
         server.wait_ready(30, lambda seconds: None)
+    assert str(raised.value) == f"the server did not start: {words} (log: {tmp_path / 'engine.log'})"
     server.stop(1)
 
 
@@ -52,7 +67,8 @@ def test_death_while_serving(tmp_path: Path) -> None:
         server.wait()
 
 
-def test_deaf_processes_are_killed_with_their_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("second_ctrl_c", [False, True])
+def test_deaf_processes_are_killed_with_their_children(tmp_path: Path, second_ctrl_c: bool) -> None:
     log = tmp_path / "engine.log"
     server = start(DEAF_WITH_CHILD, log)
     deadline = time.monotonic() + 30
@@ -60,7 +76,11 @@ def test_deaf_processes_are_killed_with_their_children(tmp_path: Path) -> None:
         time.sleep(0.05)
     processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()]
     assert len(processes) == 2
-    server.stop(0.5)
+    if second_ctrl_c:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start_s = time.monotonic()
+    server.stop(30 if second_ctrl_c else 0.5)
+    assert time.monotonic() - start_s < 20
     assert not alive(processes)
     server.stop(0.5)
 
