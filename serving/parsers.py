@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rollout.chat import THINK, THINK_END
 from rollout.errors import UserError
-from serving.reasoning import CLOSE_TAG, OPEN_TAG
 
 OURS = "turnstile"  # serving.reasoning_parser
 
@@ -80,7 +80,7 @@ def reasoning_parser(model_type: str, added_tokens: frozenset[str]) -> str | Non
     """The family's where it has one of its own, else ours where both tags are single tokens."""
     if model_type in REASONING_FAMILIES:
         return REASONING_FAMILIES[model_type]
-    return OURS if {OPEN_TAG, CLOSE_TAG} <= added_tokens else None
+    return OURS if {THINK, THINK_END} <= added_tokens else None
 
 
 def takes(template: str, variable: str) -> bool:

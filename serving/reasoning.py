@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-OPEN_TAG = "<think>"
-CLOSE_TAG = "</think>"
+from rollout.chat import THINK, THINK_END
 
 
 class Start(StrEnum):
@@ -28,9 +27,9 @@ class Split(NamedTuple):
 def prompt_start(prompt: str) -> Start:
     """How a rendered prompt that asks for the assistant's turn ends."""
     tail = prompt.rstrip()
-    if tail.endswith(OPEN_TAG):
+    if tail.endswith(THINK):
         return Start.THINKING
-    if tail.endswith(CLOSE_TAG):
+    if tail.endswith(THINK_END):
         return Start.ANSWER
     return Start.CHOOSES
 
@@ -45,11 +44,11 @@ def split(text: str, start: Start, *, whole: bool = False) -> Split:
         return Split("", text, True)
     if start is Start.CHOOSES:
         opened = text.lstrip()
-        if not opened.startswith(OPEN_TAG):
-            undecided = OPEN_TAG.startswith(opened) and not whole
+        if not opened.startswith(THINK):
+            undecided = THINK.startswith(opened) and not whole
             return Split("", "" if undecided else text, not undecided)
-        text = opened.removeprefix(OPEN_TAG)
-    reasoning, closed, content = text.partition(CLOSE_TAG)
+        text = opened.removeprefix(THINK)
+    reasoning, closed, content = text.partition(THINK_END)
     if not closed and not whole:
         reasoning = reasoning[: len(reasoning) - _partial_tag(reasoning)]
     content = content.lstrip("\n")
@@ -58,4 +57,4 @@ def split(text: str, start: Start, *, whole: bool = False) -> Split:
 
 def _partial_tag(text: str) -> int:
     """Length of the longest end of ``text`` that may still become ``</think>``."""
-    return next((n for n in range(len(CLOSE_TAG) - 1, 0, -1) if text.endswith(CLOSE_TAG[:n])), 0)
+    return next((n for n in range(len(THINK_END) - 1, 0, -1) if text.endswith(THINK_END[:n])), 0)

@@ -14,7 +14,8 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParserManager
 from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
 
-from serving.reasoning import CLOSE_TAG, OPEN_TAG, Split, Start, prompt_start, split
+from rollout.chat import THINK, THINK_END
+from serving.reasoning import Split, Start, prompt_start, split
 
 MODES = {"always": Start.THINKING, "never": Start.ANSWER}
 
@@ -34,8 +35,8 @@ def turn_start(tokenizer: Any, arguments: dict[str, Any]) -> Start:
 class TurnstileReasoningParser(BaseThinkingReasoningParser):
     """``<think>…</think>`` in front of the answer. Calls inside it stay thinking, as in training."""
 
-    start_token = OPEN_TAG
-    end_token = CLOSE_TAG
+    start_token = THINK
+    end_token = THINK_END
 
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, *args, **kwargs)
