@@ -151,14 +151,17 @@ def check(made: Plan) -> None:
             f"engine.max_model_len={p.engine.max_model_len}, {missing / GIB:.2f} GiB too little; raise it or "
             "engine.tensor_parallel_size, or lower engine.max_model_len"
         )
+    problems = []
     for phase in made.phases:
         excess = phase.total - p.memory
         if excess > 0:
             name, size = max(phase.parts.items(), key=lambda part: part[1])
-            raise UserError(
+            problems.append(
                 f"{phase.name}: needs {phase.total / GIB:.1f} GiB of a GPU's {p.memory / GIB:.0f} GiB, "
                 f"{excess / GIB:.1f} GiB too much (most: {name}, {size / GIB:.1f} GiB); {_remedy(p, phase)}"
             )
+    if problems:
+        raise UserError("; and ".join(problems))
 
 
 def _remedy(p: PlanInput, phase: Phase) -> str:
