@@ -15,7 +15,7 @@ from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.mailbox import Request, within
 from rollout.engines.vllm import check_model, check_prompt, last_words
-from rollout.errors import EngineDied
+from rollout.errors import EngineDied, WaitTimeout
 
 if TYPE_CHECKING:
     import torch
@@ -171,8 +171,15 @@ class RemoteEngine:
         return await within(asyncio.wrap_future(future), self.config.timeout_s, what)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run on the engine's loop and block, while this object is being built."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(self.config.timeout_s)
+        """Run on the engine's loop and block, while this object is being built or closed."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(self.config.timeout_s)
+        except TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise WaitTimeout(f"waited {self.config.timeout_s:g} s for vLLM to start or stop") from error
 
     def _died(self, error: BaseException | str) -> EngineDied:
         return EngineDied(f"the vLLM engine died: {error or 'no reason given'}; last said: {last_words(self.log_path)}")

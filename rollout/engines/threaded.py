@@ -16,7 +16,7 @@ from rollout.config import TransformersConfig, VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.mailbox import Outbox, Request, within
 from rollout.engines.vllm import check_model, check_prompt
-from rollout.errors import EngineDied, UserError
+from rollout.errors import EngineDied, UserError, WaitTimeout
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,12 @@ class ThreadedEngine:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._serve, args=(started,), name=f"{self.name}-engine", daemon=True)
         self._thread.start()
-        started.result()
+        try:
+            started.result(config.timeout_s)
+        except TimeoutError as error:
+            if started.done():
+                raise
+            raise WaitTimeout(f"waited {config.timeout_s:g} s for {self.name} to start") from error
 
     # --- member ------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import re
 import sys
 import warnings
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -> Engine:
     """Start the member that ``config.mode`` names on a Hugging Face folder; what it prints goes to ``log_path``."""
-    check_model(model_dir)
     if config.mode == "in_process":
         from rollout.engines.vllm_in_process import InProcessEngine
 
@@ -39,7 +39,9 @@ def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -
 
 
 def check_model(model_dir: str) -> int:
-    """The size of the model's vocabulary, or one line that says what the folder lacks."""
+    """The size of the model's vocabulary, or one line that says what is wrong with the folder."""
+    from safetensors import SafetensorError, safe_open
+
     path = Path(model_dir) / "config.json"
     if not path.exists():
         raise UserError(f"{model_dir}: no config.json here; give a folder written by save_pretrained")
@@ -47,6 +49,15 @@ def check_model(model_dir: str) -> int:
         fields = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); write the checkpoint again") from error
+    weights = sorted(Path(model_dir).glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{model_dir}: no *.safetensors here; give a folder written by save_pretrained")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, and checks it against the file's length
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged ({error}); write or copy the checkpoint again") from error
     return int(fields.get("text_config", fields)["vocab_size"])
 
 
@@ -87,6 +98,10 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
         "weight_transfer_config": {"backend": TRANSFER},
     }
     if config.scheduler_cls is not None:
+        try:
+            pkgutil.resolve_name(config.scheduler_cls)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"engine.scheduler_cls: cannot import {config.scheduler_cls} ({error})") from error
         arguments["scheduler_cls"] = config.scheduler_cls
     if torch.cuda.is_available():  # not run on GPU
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization

@@ -65,7 +65,11 @@ class HttpEngine(RemoteEngine):
             if loop.time() > deadline:
                 raise WaitTimeout(f"waited {self.config.timeout_s:g} s for the vLLM server at {self.url} to start")
             await asyncio.sleep(0.2)
-        await self._post("/update_weight_version", {"new_version": str(self.version)})
+        current = (await self._request("GET", "/weight_info"))["weight_version"]
+        if self._server is None and current.isdecimal():  # joined after others have synced
+            self.version = int(current)
+        else:
+            await self._post("/update_weight_version", {"new_version": str(self.version)})
 
     async def _generate(self, request: Request, request_id: str) -> Generation:
         body = {

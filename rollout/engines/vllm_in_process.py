@@ -34,17 +34,20 @@ class InProcessEngine(ThreadedEngine):
     name = "vLLM"
 
     def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
-        if not _live.acquire(blocking=False):
-            raise UserError("engine.mode: one in_process engine lives here already; close it, or use mode=process")
         self._model_dir = model_dir
         self._log_path = log_path
+        super().__init__(config, model_dir)
+
+    def _open(self) -> None:
+        if not _live.acquire(blocking=False):
+            raise UserError("engine.mode: one in_process engine lives here already; close it, or use mode=process")
         try:
-            super().__init__(config, model_dir)
+            self._start()
         except BaseException:
             _live.release()
             raise
 
-    def _open(self) -> None:
+    def _start(self) -> None:
         with environment(self._log_path), refusals():
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine

@@ -251,6 +251,18 @@ def test_other_samplers_are_refused_where_they_do_not_exist(engine: Engine, run:
         generate(engine, run, [1, 2], Sampling(max_tokens=8, top_p=0.5))
 
 
+def test_a_running_server_can_be_joined(engine: Engine, run: Loop, model_dir: Path) -> None:
+    from rollout.engines.vllm_http import HttpEngine
+
+    if not isinstance(engine, HttpEngine):
+        pytest.skip("not a server")
+    guest = vllm_engines.build(VllmConfig(mode="http", url=engine.url, max_model_len=MAX_LEN), str(model_dir))
+    assert guest.version == engine.version
+    assert generate(guest, run, [1, 2], Sampling(max_tokens=2)).versions == [engine.version] * 2
+    run(guest.close())
+    run(engine.health())
+
+
 def test_zz_a_killed_engine_is_reported_within_seconds(engine: Engine, run: Loop) -> None:
     """Last of all: SIGKILL the engine's processes while it generates."""
     children = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
@@ -302,12 +314,30 @@ def test_closed_engines_say_so(model_dir: Path, run: Loop) -> None:
         generate(engine, run, [1, 2], Sampling(max_tokens=4))
 
 
-def test_a_missing_or_corrupt_model_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_corrupt_model_is_one_line(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         vllm_engines.build(VllmConfig(), str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         transformers_engine.build(TransformersConfig(), str(tmp_path))
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        vllm_engines.build(VllmConfig(mode="process"), str(tmp_path))
+    whole = (model_dir / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        vllm_engines.build(VllmConfig(mode="http"), str(tmp_path))
+
+
+def test_a_second_engine_in_this_process_is_refused(vllm_engine: Engine, model_dir: Path, run: Loop) -> None:
+    with pytest.raises(UserError, match="one in_process engine lives here already"):
+        vllm_engines.build(VllmConfig(), str(model_dir))
+    run(vllm_engine.health())
+
+
+def test_a_scheduler_that_does_not_exist_is_refused(model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"engine\.scheduler_cls: cannot import nowhere\.Scheduler"):
+        vllm_engines.build(VllmConfig(mode="process", scheduler_cls="nowhere.Scheduler"), str(model_dir))
 
 
 def test_a_port_in_use_is_refused(model_dir: Path) -> None:
