@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +38,9 @@ def to_object(cfg: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: required and not given; add {error.full_key}=... to the command") from None
 
+
+# Hydra's --help copies its whole store once a group: seconds for nothing, since loading copies the nodes that it gives.
+ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 EXPECTED = (UserError, EngineDied, WaitTimeout, SyncMismatch, HydraException, OmegaConfBaseException)
 

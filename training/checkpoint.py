@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from rollout.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +51,9 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
         if target.exists():  # a run that was resumed from an earlier step writes this one again
             shutil.rmtree(target)
         scratch.rename(target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, RuntimeError) and "write" not in str(error):
+        if isinstance(error, RuntimeError) and "write" not in str(error):  # torch reports a full disk so
             raise
         text = str(error).partition("\n")[0]
         raise UserError(f"cannot write {target}: {text}; free disk space, then resume=true goes on") from error

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a large model never lies in memory twice
 
+ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits for
+
 
 class RemoteEngine:
     """An ``Engine`` whose coroutines run on the engine's own loop, so that callers may use any loop.
@@ -111,7 +113,7 @@ class RemoteEngine:
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
         with contextlib.closing(weight_files(stream)) as files:
-            await self._call(self._update(files, version), f"weights of version {version} to load")
+            await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
         self.version = version
 
     async def _update(self, files: Iterator[Path], version: int) -> None:
@@ -124,19 +126,19 @@ class RemoteEngine:
 
     async def pause(self, mode: PauseMode = "wait") -> None:
         """``abort`` ends what runs, ``wait`` lets it end, ``keep`` freezes it. New requests wait for ``resume``."""
-        await self._call(self._set_paused(mode), "running requests to end before a pause")
+        await self._call(self._watched(self._set_paused(mode)), "running requests to end before a pause")
         self._paused = True
 
     async def resume(self) -> None:
-        await self._call(self._set_paused(None), "the engine to resume")
+        await self._call(self._watched(self._set_paused(None)), "the engine to resume")
         self._paused = False
 
     async def sleep(self, level: int = 1) -> None:
         """Give memory back (a no-op on CPU). Running requests are aborted."""
-        await self._call(self._sleep(level), "the engine to sleep")
+        await self._call(self._watched(self._sleep(level)), "the engine to sleep")
 
     async def wake(self, tags: list[str] | None = None) -> None:
-        await self._call(self._wake(tags), "the engine to wake")
+        await self._call(self._watched(self._wake(tags)), "the engine to wake")
 
     async def abort(self, program_id: str) -> None:
         running = [request_id for request_id, program in self._programs.items() if program == program_id]
@@ -161,6 +163,16 @@ class RemoteEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
         self._loop.close()
+
+    async def _watched(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await on the engine's loop, but not on a dead engine: vLLM 0.32 never answers control calls that it lost."""
+        task = asyncio.ensure_future(coroutine)
+        try:
+            while not (await asyncio.wait({task}, timeout=ALIVE_EVERY_S))[0]:
+                await self._health()
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _call(self, coroutine: Coroutine[Any, Any, Any], what: str) -> Any:
         """Run on the engine's loop. A caller that is cancelled or runs out of time cancels it there, which aborts."""

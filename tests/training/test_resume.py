@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from tests.training.launch import SMALL, context, train
 
 from rollout.plots import read_jsonl
+from tests.training.launch import SMALL, context, train
 
 STEPS = 24
 KILLS = 5

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -123,17 +125,16 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
 def test_an_engine_that_dies_stops_the_run_with_one_line_and_no_orphan(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*SMALL, "engine=vllm_process", "steps=2000", "engine.kv_cache_gib=0.1", f"run_dir={run_dir}"]
-    process = context().Process(target=train, args=(overrides, tmp_path / "log"))
-    process.start()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "training", *overrides], stdout=log, stderr=log)
     deadline = time.monotonic() + 120
     while len(read_jsonl(run_dir / "metrics.jsonl")) < 2 and time.monotonic() < deadline:
-        process.join(0.1)
+        time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     core = [p for p in family if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())]
     assert core, [p.cmdline() for p in family]
     os.kill(core[0].pid, signal.SIGKILL)
-    process.join(60)
-    assert process.exitcode == 2, (tmp_path / "log").read_text()[-3000:]
+    assert process.wait(60) == 2, (tmp_path / "log").read_text()[-3000:]
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("error: ") and "engine" in last.lower()
     _, alive = psutil.wait_procs(family, timeout=10)
