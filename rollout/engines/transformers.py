@@ -43,11 +43,13 @@ class TransformersEngine(ThreadedEngine):
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
+        from transformers.utils import logging
 
         config = self.config
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        logging.disable_progress_bar()
         self._model = AutoModelForCausalLM.from_pretrained(
             self._model_dir, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
         )

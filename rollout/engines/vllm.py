@@ -129,9 +129,13 @@ def variables(log_path: Path | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def environment(log_path: Path | None) -> Iterator[None]:
-    """Those variables for the length of an engine's start, with its noise in the log."""
+    """Those variables for the length of an engine's start, with its noise in the log.
+
+    Afterwards everything is as before, also what vLLM set for workers of its own (LOCAL_WORLD_SIZE, LD_PRELOAD, …): it
+    would mislead the trainer and its children. What vLLM reads later in this process (VLLM_…) stays.
+    """
     wanted = variables(log_path)
-    before = {key: os.environ.get(key) for key in wanted}
+    before = dict(os.environ)
     os.environ.update(wanted)
     try:
         if log_path is None:
@@ -142,11 +146,10 @@ def environment(log_path: Path | None) -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 yield
     finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        for key in set(os.environ) - set(before):
+            if key in wanted or not key.startswith("VLLM_"):
+                del os.environ[key]
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,21 @@ if TYPE_CHECKING:
 _live = threading.Lock()  # vLLM keeps one set of process groups per process
 
 
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """vLLM seeds the generators of the process that it starts in; put them back, for they are the trainer's."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 class InProcessEngine(ThreadedEngine):
     """An ``Engine`` on ``LLMEngine``; a process can hold one at a time."""
 
@@ -48,7 +65,7 @@ class InProcessEngine(ThreadedEngine):
             raise
 
     def _start(self) -> None:
-        with environment(self._log_path), refusals():
+        with own_randomness(), environment(self._log_path), refusals():
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
             from vllm.v1.executor import Executor

@@ -387,3 +387,35 @@ def test_a_killed_owner_leaves_no_engine(mode: str, model_dir: Path, tmp_path: P
         owner.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+def test_starting_an_engine_leaves_this_process_as_it_was(model_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import asyncio, os, random
+            from pathlib import Path
+            import torch
+            from rollout.config import VllmConfig
+            from rollout.engines.vllm import build
+
+            torch.manual_seed(5)
+            random.seed(5)
+            threads = torch.get_num_threads()
+            before = dict(os.environ), random.getstate(), torch.get_rng_state()
+            engine = build(VllmConfig(kv_cache_gib=0.1), {str(model_dir)!r}, log_path=Path("engine.log"))
+            environment = {{key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}}
+            assert environment == before[0], set(environment.items()) ^ set(before[0].items())
+            assert random.getstate() == before[1]
+            assert torch.equal(torch.get_rng_state(), before[2])
+            assert torch.get_num_threads() == threads
+            asyncio.run(engine.close())
+            assert Path("engine.log").read_text()
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    noise = [line for line in (done.stdout + done.stderr).splitlines() if "accelerator" not in line]
+    assert not noise  # the rest is in the log
