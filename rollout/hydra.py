@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -77,6 +78,8 @@ def guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         try:
             return task(cfg)
         except EXPECTED as error:
+            with contextlib.suppress(OSError):
+                run_dir().rmdir()  # Hydra made it; what was refused leaves nothing behind
             if VERBOSE:
                 raise
             sys.exit(_fail(one_line(error)))

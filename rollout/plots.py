@@ -58,7 +58,7 @@ def plot_reward(rows: list[Row], evaluations: list[Row], path: Path) -> None:
         if points:
             middle, spread = _intervals([f for _, f in points])
             steps, label = [step for step, _ in points], f"accuracy on unseen questions, {mode}"
-            axis.errorbar(steps, middle, spread, fmt="o--", color=colour, capsize=3, label=label)
+            axis.errorbar(steps, middle, spread, fmt="o", color=colour, capsize=3, label=label)
     axis.set(xlabel="step", ylabel="reward, accuracy", ylim=(0, 1.03))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=140)
@@ -98,5 +98,6 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
         right.bar(places, [f["tool_calls"] for f in parts.values()], width, color=colours[number % 4], label=name)
         right.set_xticks(range(len(parts)), list(parts))
     right.set(xlabel="difficulty", ylabel="tool calls an episode")
+    right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=140)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 
 import hydra
 from omegaconf import DictConfig
 
 from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
 from training import config
+
+START = time.monotonic()  # imports count in what a run takes
 
 config.register()
 
@@ -29,7 +32,7 @@ def run(composed: DictConfig) -> float | None:
         return None
     from training.run import execute
 
-    return execute(cfg, composed, run_dir()).get("accuracy_after")
+    return execute(cfg, composed, run_dir(), START).get("accuracy_after")
 
 
 def main() -> None:

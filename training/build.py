@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +188,12 @@ def make_trainer(
 ) -> RolloutTrainer:
     """The trainer, its stream still to be set."""
     objective = Objective(
-        instantiate(cfg.loss), instantiate(cfg.correction), cfg.anchor.kind == "recomputed", cfg.kl.coef, reference
+        instantiate(cfg.loss),
+        instantiate(cfg.correction),
+        cfg.anchor.kind == "recomputed",
+        cfg.kl.coef,
+        cfg.kl.unbiased,
+        reference,
     )
     arguments = training_arguments(cfg, run_dir)
     return RolloutTrainer(
@@ -199,6 +204,7 @@ def make_trainer(
 def make_stream(
     cfg: TrainingConfig,
     task: Task,
+    axes: Axes,
     runner: Runner,
     policy: Policy,
     trainer: RolloutTrainer,
@@ -206,13 +212,12 @@ def make_stream(
     log: journal.Journal,
 ) -> RolloutStream:
     """The stream that the trainer iterates over."""
-    axes = make_axes(cfg, task)
     return RolloutStream(
         PromptOrder(task.rows("train"), cfg.seed),
         axes,
         runner,
         policy,
-        cfg.batch if packs(trainer.model, cfg) else unpacked(cfg.batch),
+        cfg.batch if packs(trainer.model, cfg) else replace(cfg.batch, row_tokens=1),
         seed=cfg.seed,
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
@@ -230,9 +235,3 @@ def packs(model: Any, cfg: TrainingConfig) -> bool:
     """Whether the model keeps packed sequences apart; one that does not is trained on one sequence a row."""
     rows = 2 if cfg.batch.row_tokens is not None else 1
     return respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=rows)
-
-
-def unpacked(batch: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(batch, row_tokens=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -39,8 +40,13 @@ def latest(checkpoints: Path) -> Path | None:
     return folder
 
 
+def step_of(folder: Path) -> int:
+    """Optimizer steps behind a checkpoint."""
+    return json.loads((folder / "trainer_state.json").read_text())["global_step"]
+
+
 @contextlib.contextmanager
-def folder_written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """Write into a folder beside ``target`` and rename it into place; on any error nothing is left behind."""
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -65,7 +71,7 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def writing(checkpoints: Path, step: int, keep_last: int) -> Iterator[Path]:
     """A place for the checkpoint of ``step``; once it is whole, all but the last ``keep_last`` are deleted."""
-    with folder_written_whole(checkpoints / f"step-{step}") as scratch:
+    with written_whole(checkpoints / f"step-{step}") as scratch:
         yield scratch
     for _, folder in steps(checkpoints)[:-keep_last]:
         shutil.rmtree(folder)

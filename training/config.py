@@ -86,6 +86,7 @@ class KlConfig:
     """Penalty towards the policy that the run started from (k3 estimator); 0 keeps no reference in memory."""
 
     coef: float = 0.0
+    unbiased: bool = True  # k3 times the ratio to the anchor: only then is its gradient that of the KL
 
 
 @dataclass

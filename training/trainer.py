@@ -37,6 +37,7 @@ class Objective:
     correction: Correction
     recomputed: bool
     kl_coef: float = 0.0
+    kl_unbiased: bool = True
     reference: Callable[[MicroBatch], torch.Tensor] | None = None
 
 
@@ -119,6 +120,7 @@ class RolloutTrainer(Trainer):
             anchor_logprobs=anchor,
             reference_logprobs=objective.reference(micro_batch) if objective.reference else None,
             kl_coef=objective.kl_coef,
+            kl_unbiased=objective.kl_unbiased,
         )
 
     @torch.no_grad()

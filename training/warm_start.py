@@ -60,9 +60,9 @@ def warm_start(
     config: SftConfig,
     work_dir: Path,
     seed: int,
-    progress: Callable[[int, int, dict[str, float]], None],
+    progress: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Train ``model`` in place. ``progress(step, steps, logs)`` is called as it goes."""
+    """Train ``model`` in place. ``progress(step, logs)`` is called as it goes."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig as Arguments
@@ -70,7 +70,7 @@ def warm_start(
 
     class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            progress(state.global_step, config.steps, logs or {})
+            progress(state.global_step, logs or {})
 
     class WeightedSftTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:

@@ -1,0 +1,68 @@
+"""A run's directory, and what it remembers so that a resumed run does nothing twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rollout.errors import UserError
+
+
+class RunDirectory:
+    """``stages.json`` holds the seconds of each stage and the evaluations made so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path / "stages.json"
+        self.seconds: dict[str, float] = {}
+        self.evaluations: list[dict[str, Any]] = []
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def open(self, composed: Any, *, resume: bool, overwrite: bool) -> None:
+        """Make the directory, or find in it the run to go on with; a run is never overwritten unasked."""
+        found = self._file.exists()
+        if found and not (resume or overwrite):
+            raise UserError(
+                f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
+            )
+        if found and not resume:
+            shutil.rmtree(self.path)
+        elif found:
+            state = json.loads(self._file.read_text())
+            self.seconds, self.evaluations = state["seconds"], state["evaluations"]
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+        self._write()
+
+    def evaluated(self, step: int, result: dict[str, Any]) -> None:
+        self.evaluations.append({"step": step, **result})
+        self._write()
+
+    def go_back_to(self, step: int) -> None:
+        """Forget the evaluations of later steps: the resumed run makes them again."""
+        self.evaluations = [e for e in self.evaluations if e["step"] <= step]
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's seconds to the stage's."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            self._write()
+
+    def _write(self) -> None:
+        scratch = self._file.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"seconds": self.seconds, "evaluations": self.evaluations}, indent=1))
+        scratch.replace(self._file)
