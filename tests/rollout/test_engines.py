@@ -282,6 +282,8 @@ def test_zz_a_killed_engine_is_reported_within_seconds(engine: Engine, run: Loop
             await engine.generate([1, 2], Sampling(max_tokens=4), program_id="b")
         with pytest.raises(EngineDied):
             await engine.health()
+        with pytest.raises(EngineDied):
+            await engine.update_weights([], 99)
         return time.monotonic() - start
 
     assert run(scenario()) < 10
@@ -403,10 +405,15 @@ def test_starting_an_engine_leaves_this_process_as_it_was(model_dir: Path, tmp_p
             torch.manual_seed(5)
             random.seed(5)
             threads = torch.get_num_threads()
-            before = dict(os.environ), random.getstate(), torch.get_rng_state()
+
+
+            def environment():
+                return {{key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}}
+
+
+            before = environment(), random.getstate(), torch.get_rng_state()
             engine = build(VllmConfig(kv_cache_gib=0.1), {str(model_dir)!r}, log_path=Path("engine.log"))
-            environment = {{key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}}
-            assert environment == before[0], set(environment.items()) ^ set(before[0].items())
+            assert environment() == before[0], set(environment().items()) ^ set(before[0].items())
             assert random.getstate() == before[1]
             assert torch.equal(torch.get_rng_state(), before[2])
             assert torch.get_num_threads() == threads
