@@ -30,6 +30,10 @@ def run(composed: DictConfig) -> float | None:
 
         dry_run(cfg)
         return None
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on the terminal that it chose so
     from training.run import execute
 
     return execute(cfg, composed, run_dir(), START).get("accuracy_after")
