@@ -88,7 +88,8 @@ def test_episodes_can_be_read(finished: Path) -> None:
 def test_a_run_is_never_overwritten_unasked(finished: Path, tmp_path: Path) -> None:
     code, text = run([*SMALL, f"run_dir={finished}"], tmp_path / "log")
     assert code == 2
-    assert text == f"error: run_dir: {finished} holds a run already; resume=true goes on, overwrite=true starts it anew\n"
+    remedy = "resume=true goes on, overwrite=true starts it anew"
+    assert text == f"error: run_dir: {finished} holds a run already; {remedy}\n"
 
 
 def test_a_tool_reward_needs_tools(tmp_path: Path) -> None:
