@@ -10,21 +10,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from benchmarks.arms import commit
 from benchmarks.report import Report
 
 QUICK = ["warm_start.steps=20", "steps=2", "evaluation.questions=40"]
 
 
-def train(run_dir: Path, overrides: list[str]) -> dict[str, object]:
+def train(run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """One run in a process of its own; a finished one is not run again."""
     if not (run_dir / "summary.json").exists():
         command = [sys.executable, "-m", "training", "experiment=quickstart", f"run_dir={run_dir}", *overrides]
         subprocess.run(command, check=True, timeout=1800)
-    return {
-        "summary": json.loads((run_dir / "summary.json").read_text()),
-        "steps": len((run_dir / "metrics.jsonl").read_text().splitlines()),
-    }
+    return json.loads((run_dir / "summary.json").read_text())
 
 
 def main() -> None:
@@ -34,12 +33,13 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     overrides += QUICK if arguments.quick else []
     report = Report("quickstart")
-    ours = train(arguments.out / "rl", overrides)["summary"]
+    out = arguments.out / (commit()[:9] + ("-quick" if arguments.quick else ""))
+    ours = train(out / "rl", overrides)
     seconds = ours["seconds_by_stage"]
     warm = next((int(x.split("=")[1]) for x in overrides if x.startswith("warm_start.steps=")), 400)
     steps = round(warm * (1 + seconds["training"] / seconds["warm_start"]))
     more = [*overrides, f"warm_start.steps={steps}", "steps=1", "evaluation.after=false"]
-    control = train(arguments.out / "control", more)["summary"]
+    control = train(out / "control", more)
     for name in ("accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds_total"):
         report.figure(name, ours[name])
     report.figure("control_accuracy", control["accuracy_before"])
