@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -14,6 +15,7 @@ import torch
 
 from rollout.buffer import Group, RolloutBuffer
 from rollout.episode import Episode
+from rollout.errors import UserError
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
 from training.advantages import Advantage
@@ -127,6 +129,8 @@ class RolloutStream:
             for group in groups:
                 for episode, rewards in zip(group.episodes, self.axes.reward(group.episodes), strict=True):
                     episode.rewards = rewards
+                    if not math.isfinite(episode.reward):
+                        raise UserError(f"reward: {rewards} of prompt {episode.prompt_id} is not finite; mend it")
             seen += groups
             kept += [group for group in groups if group.episodes and self.axes.selection.keep(group.episodes)]
             if len(kept) >= self.batch.prompts:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from rollout.plots import read_jsonl
 from tests.training.launch import SMALL, context, train
 
-STEPS = 24
+STEPS = 48
 KILLS = 5
 
 
@@ -42,7 +42,7 @@ def test_five_kills_leave_the_same_weights(tmp_path: Path) -> None:
                 process.join(0.02)
                 if process.exitcode is not None or len(_rows(killed)) > before:
                     break
-            process.join(rng.random())
+            process.join(0.6 * rng.random())
             if process.exitcode is None:
                 process.kill()
                 process.join(30)
