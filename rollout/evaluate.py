@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rollout import config
+from rollout.checkpoint import read
 from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
 
@@ -62,10 +63,7 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     from rollout.runner import Runner
     from rollout.speaker import Policy
 
-    folder = Path(str(cfg.checkpoint))
-    for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise UserError(f"checkpoint: {folder / name} is missing; give a folder that training wrote")
+    folder = read(str(cfg.checkpoint)).path
     task = instantiate(cfg.task)
     rows = rows_of(cfg, task)
     chat = Chat(AutoTokenizer.from_pretrained(folder))

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from rollout import checkpoint as checkpoints
 from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, to_object
-from serving import checkpoint as checkpoints
 from serving import config as schema
 from serving.command import server_command
 from serving.parsers import OURS, Parsers, choose

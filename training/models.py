@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.chat import TAGS, TEMPLATE
+from rollout.checkpoint import check_weights, first_line, read_config, read_json
 from rollout.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,28 +144,15 @@ def load_policy(
 
 def check_checkpoint(path: str | Path, names: tuple[str, ...]) -> None:
     """Refuse a folder that lacks one of ``names`` or holds damaged JSON or safetensors. Hub names pass unseen."""
-    from safetensors import SafetensorError, safe_open
-
     folder = Path(path)
     if not folder.exists():
         if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
             raise UserError(f"{path}: no such checkpoint; give a folder that holds config.json, or a hub name")
         return
+    read_config(folder)
     for name in names:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: not a whole checkpoint; copy it again or give another folder")
+            raise UserError(f"{folder} has no {name}: not a whole checkpoint; copy it again or give another folder")
     for file in folder.glob("*.json"):
-        try:
-            json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({first_line(error)}); copy the checkpoint again") from error
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({first_line(error)}); copy the checkpoint again") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        read_json(file)
+    check_weights(folder)

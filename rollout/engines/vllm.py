@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pkgutil
 import re
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rollout.checkpoint import check_weights, read_config
 from rollout.config import VllmConfig
 from rollout.engines import Engine, Generation, vllm_plugin
 from rollout.engines.mailbox import Request
@@ -40,24 +40,8 @@ def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -
 
 def check_model(model_dir: str) -> int:
     """The size of the model's vocabulary, or one line that says what is wrong with the folder."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(model_dir) / "config.json"
-    if not path.exists():
-        raise UserError(f"{model_dir}: no config.json here; give a folder written by save_pretrained")
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); write the checkpoint again") from error
-    weights = sorted(Path(model_dir).glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{model_dir}: no *.safetensors here; give a folder written by save_pretrained")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header, and checks it against the file's length
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged ({error}); write or copy the checkpoint again") from error
+    fields = read_config(Path(model_dir))
+    check_weights(Path(model_dir))
     return int(fields.get("text_config", fields)["vocab_size"])
 
 
