@@ -108,7 +108,7 @@ class Chat:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         templates = tokenizer.chat_template
-        source = templates if isinstance(templates, str) else "".join(templates.values())
+        self._source = source = templates if isinstance(templates, str) else "".join(templates.values())
         # transformers adds loop controls and a generation block, which plain jinja2 cannot parse.
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         self._variables = meta.find_undeclared_variables(
@@ -191,8 +191,12 @@ class Chat:
     @cached_property
     def keeps_thinking(self) -> bool:
         """Whether thinking stays in the prompt when tool results follow it."""
-        thinking = f"{THINK}\n{MARKS[1]}\n{THINK_END}\n\n"
-        return MARKS[1] in self._render([*self._call(thinking), {"role": "tool", "content": "1"}], [], True)
+        if "reasoning_content" in self._source:
+            conversation = self._call()
+            conversation[-1]["reasoning_content"] = MARKS[1]
+        else:
+            conversation = self._call(f"{THINK}\n{MARKS[1]}\n{THINK_END}\n\n")
+        return MARKS[1] in self._render([*conversation, {"role": "tool", "content": "1"}], [], True)
 
     def _render(self, messages: list[Message], tools: list[Tool], prompt: bool, **kwargs: Any) -> str:
         from jinja2 import TemplateError

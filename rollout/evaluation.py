@@ -13,6 +13,7 @@ import numpy as np
 from rollout.config import EvaluationConfig
 from rollout.environment import Row
 from rollout.episode import Episode
+from rollout.errors import UserError
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
 
@@ -66,8 +67,8 @@ def figures(episodes: Sequence[Episode], samples: int = 1) -> Figures:
         "truncated": sum(e.status == "truncated" for e in episodes) / n,
     }
     for k in (2**i for i in range(1, int(math.log2(samples)) + 1)) if samples > 1 else ():
-        whole = [group for group in by_question.values() if len(group) >= k]
-        result[f"pass@{k}"] = sum(pass_at_k(len(g), sum(e.success for e in g), k) for g in whole) / len(whole)
+        if whole := [group for group in by_question.values() if len(group) >= k]:  # lost samples may leave none
+            result[f"pass@{k}"] = sum(pass_at_k(len(g), sum(e.success for e in g), k) for g in whole) / len(whole)
     return result
 
 
@@ -116,6 +117,10 @@ def evaluate(
         episodes[mode] = runner.play(
             jobs, speaking.speaker, lambda done, mode=mode, total=total: progress(mode, done, total)
         )
+        if not episodes[mode]:
+            raise UserError(
+                f"evaluation: all {total} episodes were lost to {dict(runner.lost)}; mend that and try again"
+            )
         results[mode] = report(episodes[mode], rows, samples)
         results[mode]["dropped"] = total - len(episodes[mode])
     return results, episodes

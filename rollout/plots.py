@@ -45,8 +45,8 @@ def _curve(axis: Any, rows: list[Row], key: str, colour: str, label: str) -> Non
 def _intervals(figures: Sequence[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
     """Accuracies, and their distances to both ends of their intervals."""
     middle = [f["accuracy"] for f in figures]
-    low = [f["accuracy"] - f["accuracy_low"] for f in figures]
-    return middle, [low, [f["accuracy_high"] - f["accuracy"] for f in figures]]
+    low = [max(0.0, f["accuracy"] - f["accuracy_low"]) for f in figures]  # rounding may put the mean beyond an end
+    return middle, [low, [max(0.0, f["accuracy_high"] - f["accuracy"]) for f in figures]]
 
 
 def plot_reward(rows: list[Row], evaluations: list[Row], path: Path) -> None:
@@ -91,12 +91,13 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
     left.set(ylabel="accuracy on unseen questions", ylim=(0, 1.03))
     left.legend(frameon=False, fontsize=8)
     colours = (BLUE, ORANGE, GREEN, GREY)
+    difficulties = list(dict.fromkeys(d for _, result in results for d in result["sampled"]["by_difficulty"]))
+    width = 0.8 / len(results)
     for number, (name, result) in enumerate(results):
         parts = result["sampled"]["by_difficulty"]
-        width = 0.8 / len(results)
-        places = [i + (number - (len(results) - 1) / 2) * width for i in range(len(parts))]
+        places = [difficulties.index(d) + (number - (len(results) - 1) / 2) * width for d in parts]
         right.bar(places, [f["tool_calls"] for f in parts.values()], width, color=colours[number % 4], label=name)
-        right.set_xticks(range(len(parts)), list(parts))
+    right.set_xticks(range(len(difficulties)), difficulties)
     right.set(xlabel="difficulty", ylabel="tool calls an episode")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8)

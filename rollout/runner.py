@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ class Runner:
     ) -> None:
         self.environment, self.limits, self.lockstep = environment, limits, lockstep
         self.finished = 0
+        self.lost: Counter[str] = Counter()  # dropped episodes by cause
         self.own_tokens = 0
         self._failures = 0
         self._loop = asyncio.new_event_loop()
@@ -111,8 +113,9 @@ class Runner:
                 except Exception as error:
                     if attempt == self.limits.retries:
                         raise EpisodeDropped(type(error).__name__, f"{type(error).__name__}: {error}") from error
-        except EpisodeDropped:
+        except EpisodeDropped as error:
             self._failures += 1
+            self.lost[error.cause] += 1
             raise
         finally:
             if self.lockstep is not None:

@@ -31,8 +31,11 @@ class Muon(torch.optim.Optimizer):
         return None if closure is None else closure()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts], "groups": [g["lr"] for g in self.param_groups]}
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {"parts": [part.state_dict() for part in self.parts], "groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(saved)
