@@ -1,0 +1,90 @@
+"""What cannot work is refused before anything starts: one line that names the key and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from rollout.errors import UserError
+from rollout.hydra import EXPECTED, conf_dir, one_line, to_object
+from training.config import GROUPS, ClipConfig, TrainingConfig, member_settings, register
+
+REFUSED = {
+    "steps=0": "steps: 0 must be at least 1",
+    "sampling.top_p=0.9": "sampling.top_p: training samples the full distribution, so 0.9 is refused; leave it at",
+    "sampling.top_k=50": "sampling.top_k: training samples the full distribution, so 50 is refused; leave it at",
+    "sampling.min_p=0.1": "sampling.min_p: training samples the full distribution, so 0.1 is refused; leave it at",
+    "sampling.temperature=0": "sampling.temperature: training cannot sample greedily; give a value above 0",
+    "sampling.temperature=-1": "sampling.temperature: -1.0 must not be negative",
+    "correction=tis": "correction: corrects from .*; add anchor=recomputed or take correction=none",
+    "correction=token_mask": "correction: corrects from .*; add anchor=recomputed or take correction=none",
+    "budget.samples=1": "budget.samples: a group of one teaches nothing; give at least 2",
+    "advantage=rloo budget.samples=1": "budget.samples: a group of one teaches nothing; give at least 2",
+    "batch.max_tokens=511": "batch.max_tokens: 511 is shorter than engine.max_model_len=512: a whole sequence must fit",
+    "limits.max_new_tokens=512": "limits.max_new_tokens: 512 leaves no room for a prompt in engine.max_model_len=512",
+    "max_staleness=1": "max_staleness: 1: only 0, exactly synchronous, is built",
+    "+trainer.save_steps=3": "trainer.save_steps: is not for users; allowed are .*report_to.*",
+    "model.dtype=float16": "model.dtype: 'float16' is not float32 or bfloat16",
+    "batch.prompts=0": "batch.prompts: 0 must be at least 1",
+    "batch.minibatches=99": "batch.minibatches: 99 exceeds batch.prompts",
+    "batch.aggregation=mean": "batch.aggregation: 'mean' is not one of token, sequence, constant",
+    "anchor.kind=engine": "anchor.kind: 'engine' is not behaviour or recomputed",
+    "lora=lora lora.rank=0": "lora.rank: 0 must be at least 1",
+    "warm_start=sft warm_start.steps=0": "warm_start.steps: 0 must be at least 1; warm_start=none skips it",
+    "warm_start=sft warm_start.optimizer=sgd": "warm_start.optimizer: 'sgd' is not adamw_torch or muon",
+    "checkpoint.every=0": "checkpoint.every: 0 must be at least 1",
+    "checkpoint.keep_last=0": "checkpoint.keep_last: 0 must be at least 1",
+    "evaluation.every=0": "evaluation.every: 0 must be at least 1, or null",
+    "engine=vllm_process engine.deterministic=true": "engine.deterministic: needs engine.mode=in_process, not process",
+    "engine=transformers engine.deterministic=true": "engine.deterministic: .*; use engine=vllm",
+    "engine.url=http://x": "engine.url: needs engine.mode=http, not in_process",
+    "limits.max_tool_calls=-1": "limits.max_tool_calls: -1 must not be negative",
+    "task.operators=/": r"task.operators: '/' may hold only \+ - \*",
+}
+
+
+def checked(*overrides: str) -> TrainingConfig:
+    register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg: TrainingConfig = to_object(compose("training", overrides=["run_dir=unused", *overrides]))
+    cfg.check()
+    return cfg
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_each_refusal_is_one_line_that_names_key_and_remedy(overrides: str) -> None:
+    with pytest.raises(EXPECTED, match=REFUSED[overrides]) as refused:
+        checked(*overrides.split())
+    line = one_line(refused.value)
+    assert line == str(refused.value) and "\n" not in line and isinstance(refused.value, UserError)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "correction=tis anchor=recomputed",
+        "sampling.temperature=0.7",
+        "batch.max_tokens=512",
+        "limits.max_new_tokens=511",
+        "+trainer.report_to=[] +trainer.gradient_checkpointing=true",
+    ],
+)
+def test_what_works_is_let_through(overrides: str) -> None:
+    checked(*overrides.split())
+
+
+def test_members_know_the_classes_that_read_them_and_these_their_settings() -> None:
+    """A setting that nobody reads, or a class that is not there, would show only at the end of a start."""
+    import inspect
+    from pkgutil import resolve_name
+
+    for group, members in GROUPS.items():
+        for name, schema in members.items():
+            target: Any = getattr(schema, "_target_", None)
+            if target is not None:
+                parameters = inspect.signature(resolve_name(target)).parameters
+                assert set(member_settings(schema())) <= set(parameters), f"{group}/{name}"
+    assert member_settings(ClipConfig()) == {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None}
+    assert member_settings({"_target_": "x", "a": 1}) == {"a": 1}

@@ -1,0 +1,267 @@
+"""From prompts to optimizer steps: a real runner and buffer, and a policy that says what it was told to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.chat import parse_text
+from rollout.config import LimitsConfig
+from rollout.environment import Message, Row
+from rollout.episode import Episode, Sequence, ToolResult, Turn
+from rollout.runner import Runner
+from rollout.tasks import ToolEnvironment
+from rollout.tools import Tool
+from training.advantages import Group
+from training.budgets import Uniform
+from training.config import BatchConfig
+from training.packing import unpack
+from training.prompts import PromptOrder
+from training.rewards import TaskReward
+from training.selection import All, DropOverlong, DynamicSampling
+from training.stream import Axes, RolloutStream, StepBatch
+
+ROWS = [Row(f"q{i}", [{"role": "user", "content": "?"}], i) for i in range(10)]
+PAD, LENGTH = 0, 40
+
+
+class Pupil:
+    """Right in every other sample of the questions that it finds hard; one token a character, with the row's number."""
+
+    def __init__(self, hard: Callable[[int], bool]) -> None:
+        self.hard = hard
+
+    def speaker(self) -> Pupil:
+        return Pupil(self.hard)
+
+    async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
+        episode.sequences.append(Sequence.open([1, 2]))
+
+    async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
+        number = int(episode.prompt_id[1:])
+        wrong = self.hard(number) and episode.sample % 2 == 1
+        text = f"<think>{'hm' * episode.sample}</think>{'?' if wrong else number}"
+        ids = [10 + number] * min(len(text), max_tokens)
+        episode.sequences[-1].append_own(ids, [-0.5] * len(ids), [0] * len(ids))
+        return parse_text(text), len(ids), len(text) > max_tokens
+
+    async def read(self, episode: Episode, results: list[ToolResult]) -> None:
+        raise AssertionError("it calls no tools")
+
+    async def close(self, episode: Episode) -> None: ...
+
+
+def grade(answer: str, gold: int) -> bool:
+    if gold in (8, 9):
+        raise OSError("the grader is down")
+    return answer == str(gold)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    limits = LimitsConfig(max_new_tokens=LENGTH, retries=0, max_failures_in_a_row=10_000)
+    with closing(Runner(lambda: ToolEnvironment([], grade), limits)) as runner:
+        yield runner
+
+
+class Rounds(list[Any]):
+    """What each round gave: the visits of its groups, and their advantages."""
+
+    def __call__(self, groups: Any, advantages: Any) -> None:
+        self.append(([group.group_id for group in groups], [[float(a[0][0]) for a in each] for each in advantages]))
+
+
+def stream(runner: Runner, rows: range = range(8), **settings: Any) -> tuple[RolloutStream, Rounds]:
+    axes = {"budget": Uniform(2), "reward": TaskReward(), "advantage": Group(normalize=False), "selection": All()}
+    axes |= {name: settings.pop(name) for name in list(settings) if name in axes}
+    hard = settings.pop("hard", lambda number: True)
+    options = {name: settings.pop(name) for name in ("anchor", "keep_zero") if name in settings}
+    rounds = Rounds()
+    made = RolloutStream(
+        PromptOrder([ROWS[i] for i in rows], seed=5),
+        Axes(**axes),
+        runner,
+        SimpleNamespace(speaker=Pupil(hard).speaker),  # type: ignore[arg-type]
+        BatchConfig(**{"prompts": 4, "max_tokens": 64, **settings}),
+        seed=5,
+        pad_id=PAD,
+        max_new_tokens=LENGTH,
+        sync=lambda: 0,
+        on_round=rounds,
+        timeout_s=10,
+        **options,
+    )
+    return made, rounds
+
+
+def take(made: RolloutStream, n: int) -> list[StepBatch]:
+    return [next(made) for _ in range(n)]
+
+
+def tokens(step: StepBatch) -> list[Any]:
+    return [[field.tolist() for field in vars(batch).values()] for batch in step["micro_batches"]]
+
+
+def trained(step: StepBatch) -> set[int]:
+    """Numbers of the questions in a step."""
+    ids = {int(i) for batch in step["micro_batches"] for i in batch.own(batch.targets).unique()}
+    return {i - 10 for i in ids}
+
+
+def weight(step: StepBatch) -> float:
+    return float(sum(batch.weights.double().sum() for batch in step["micro_batches"]))
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32), st.integers(0, 40), st.integers(0, 40))
+def test_prompts_every_epoch_visits_each_row_once_and_any_position_resumes(
+    n: int, seed: int, at: int, more: int
+) -> None:
+    rows = [Row(f"r{i}", [], i) for i in range(n)]
+    order = PromptOrder(rows, seed)
+    seen = order.take(at)
+    later = PromptOrder(rows, seed)
+    later.load_state_dict(order.state_dict())
+    seen += order.take(more)
+    assert later.take(more) == seen[at:]
+    for epoch in range(len(seen) // n):
+        part = seen[epoch * n : (epoch + 1) * n]
+        assert sorted(row.answer for row, _ in part) == list(range(n))
+        assert {visit for _, visit in part} == {f"r{i}.{epoch}" for i in range(n)}
+
+
+def test_prompts_are_shuffled_anew_by_epoch_and_seed() -> None:
+    rows = [Row(f"r{i}", [], i) for i in range(50)]
+    orders = [[row.answer for row, _ in PromptOrder(rows, seed).take(100)] for seed in (0, 1)]
+    assert len({tuple(half) for order in orders for half in (order[:50], order[50:])}) == 4
+    with pytest.raises(ValueError, match="training split is empty"):
+        PromptOrder([], 0)
+
+
+def test_a_restored_stream_goes_on_as_the_first_would(runner: Runner) -> None:
+    whole, rounds = stream(runner, prompts=3, minibatches=2, epochs=2)
+    take(whole, 5)  # in the middle of the second round
+    saved = io.BytesIO()
+    torch.save(whole.state_dict(), saved)
+    later, later_rounds = stream(runner, prompts=3, minibatches=2, epochs=2)
+    later.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=False))
+    assert list(map(tokens, take(later, 7))) == list(map(tokens, take(whole, 7)))
+    assert later_rounds == rounds[2:] and len(rounds) == 3
+    visits = [visit for groups, _ in rounds for visit in groups]
+    assert visits == [visit for _, visit in PromptOrder(ROWS[:8], 5).take(9)], "in order, none lost, none repeated"
+
+
+def test_a_round_gives_minibatches_times_epochs_steps(runner: Runner) -> None:
+    made, rounds = stream(runner, prompts=4, minibatches=2, epochs=3)
+    steps = take(made, 6)
+    assert len(rounds) == 1 and not made.pending
+    everything = {int(visit[1 : visit.index(".")]) for visit in rounds[0][0]}
+    for epoch in range(3):
+        first, second = map(trained, steps[2 * epoch : 2 * epoch + 2])
+        assert len(first) == len(second) == 2 and first | second == everything, "whole groups, each once an epoch"
+    assert len({frozenset(trained(step)) for step in steps}) > 2, "cut anew each epoch"
+    assert all(weight(step) == pytest.approx(1) for step in steps)
+    assert [bool(step["metrics"]) for step in steps] == [True] + [False] * 5
+    assert steps[0]["metrics"]["rollout/episodes"] == 8 and steps[0]["metrics"]["success"] == 0.5
+
+
+def test_packed_sequences_are_the_episodes_own(runner: Runner) -> None:
+    made, rounds = stream(runner, prompts=2)
+    (step,) = take(made, 1)
+    packed = {i: ids for batch in step["micro_batches"] for i, ids in unpack(batch, batch.input_ids).items()}
+    values = {i: a for batch in step["micro_batches"] for i, a in unpack(batch, batch.own(batch.advantages)).items()}
+    visits, advantages = rounds[0]
+    for index in range(4):
+        number, sample = int(visits[index // 2][1]), index % 2
+        own = len("<think></think>?") + 2 * sample
+        assert packed[index].tolist() == [1, 2] + [10 + number] * own
+        assert values[index].tolist() == [advantages[index // 2][sample]] * own
+    assert advantages == [[0.5, -0.5]] * 2
+
+
+def test_dynamic_sampling_asks_again_until_enough_groups_vary(runner: Runner) -> None:
+    made, rounds = stream(runner, hard=lambda number: number % 2 == 0, selection=DynamicSampling(max_rounds=4))
+    (step,) = take(made, 1)
+    assert len(rounds[0][0]) == 4 and trained(step) <= {0, 2, 4, 6}
+    assert step["metrics"]["rollout/groups_kept"] == 4 < step["metrics"]["rollout/groups"]
+    asked = step["metrics"]["rollout/groups"]
+    assert made.prompts.epoch * 8 + made.prompts.position == asked, "never more prompts than groups still missing"
+
+
+def test_dynamic_sampling_gives_up_after_its_rounds(runner: Runner) -> None:
+    made, rounds = stream(runner, hard=lambda number: False, selection=DynamicSampling(max_rounds=3), minibatches=2)
+    steps = take(made, 2)
+    assert rounds == [([], [])] and made.prompts.epoch * 8 + made.prompts.position == 12
+    assert [step["micro_batches"] for step in steps] == [[], []], "two steps without a gradient, and the run goes on"
+    assert steps[0]["metrics"]["effective_gradient_ratio"] == 0 and steps[0]["metrics"]["rollout/groups"] == 12
+
+
+def test_sequences_without_gradient_keep_their_share_of_the_denominator(runner: Runner) -> None:
+    settings = {"prompts": 8, "hard": lambda number: number < 3, "aggregation": "sequence"}
+    (step,) = take(stream(runner, **settings)[0], 1)
+    assert trained(step) == {0, 1, 2}
+    assert weight(step) == pytest.approx(3 / 8)
+    (kept,) = take(stream(runner, **settings, keep_zero=True)[0], 1)
+    assert trained(kept) == set(range(8)) and weight(kept) == pytest.approx(1)
+
+
+def test_overlong_episodes_count_in_their_group_and_not_in_the_denominator(runner: Runner) -> None:
+    (step,) = take(stream(runner, prompts=2, budget=Uniform(15), selection=DropOverlong())[0], 1)
+    # Sample 13 writes 15 + 2·13 + 1 = 42 tokens, above the limit of 40.
+    assert step["metrics"]["rollout/truncated"] == pytest.approx(2 / 15)
+    lengths = {
+        len(values) for batch in step["micro_batches"] for values in unpack(batch, batch.own(batch.weights)).values()
+    }
+    assert max(lengths) <= LENGTH and weight(step) == pytest.approx(1)
+    advantages = np.concatenate([batch.own(batch.advantages).unique() for batch in step["micro_batches"]])
+    assert sorted({round(float(a), 4) for a in advantages}) == [round(-7 / 15, 4), round(8 / 15, 4)]
+
+
+def test_ragged_groups(runner: Runner) -> None:
+    made, rounds = stream(runner, budget=lambda rows: [0, 1, 3, 2][: len(rows)], prompts=4)
+    (step,) = take(made, 1)
+    visits, advantages = rounds[0]
+    asked = [visit for _, visit in PromptOrder(ROWS[:8], 5).take(4)]
+    assert visits == asked[1:], "a prompt without rollouts has no group"
+    assert advantages == [[0.0], pytest.approx([1 / 3, -2 / 3, 1 / 3]), [0.5, -0.5]]
+    assert trained(step) == {int(visit[1]) for visit in asked[2:]}
+    assert step["metrics"]["rollout/episodes"] == 6
+
+
+def test_anchors_are_computed_for_every_step_of_a_round_before_the_first(runner: Runner) -> None:
+    calls: list[int] = []
+
+    def anchor(micro_batches: list[Any]) -> list[torch.Tensor]:
+        calls.append(len(micro_batches))
+        return [batch.own(batch.behaviour_logprobs) + 1 for batch in micro_batches]
+
+    made, _ = stream(runner, minibatches=2, epochs=2, anchor=anchor)
+    first = next(made)
+    assert len(calls) == 4
+    for step in [first, *take(made, 3)]:
+        assert step["anchors"] is not None and len(step["anchors"]) == len(step["micro_batches"])
+        assert all(torch.all(values == 0.5) for values in step["anchors"])
+    (alone,) = take(stream(runner, anchor=anchor)[0], 1)
+    assert alone["anchors"] is None and len(calls) == 4, "with one step a round there is nothing to recompute"
+
+
+def test_lost_episodes_are_counted_and_lost_groups_left_out(runner: Runner) -> None:
+    made, rounds = stream(runner, rows=range(6, 10), prompts=4)
+    (step,) = take(made, 1)
+    assert {visit.partition(".")[0] for visit in rounds[0][0]} == {"q6", "q7"}
+    assert step["metrics"]["dropped/OSError"] == 4 and step["metrics"]["rollout/episodes"] == 4
+    assert trained(step) == {6, 7} and weight(step) == pytest.approx(1)
+
+
+def test_a_round_of_lost_groups_gives_a_step_without_a_gradient(runner: Runner) -> None:
+    (step,) = take(stream(runner, rows=range(8, 10), prompts=2)[0], 1)
+    assert step["micro_batches"] == [] and step["metrics"]["rollout/groups_kept"] == 0
+    assert all(np.isfinite(value) for value in step["metrics"].values())
