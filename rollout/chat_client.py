@@ -13,6 +13,7 @@ from rollout.chat import assistant_message, parse_text
 from rollout.environment import Message
 from rollout.episode import Episode, Sequence, ToolCall, ToolResult, Turn
 from rollout.errors import UserError
+from rollout.speaker import stable_seed
 from rollout.tools import Tool
 
 
@@ -75,7 +76,7 @@ class ChatSpeaker:
                 tools=[tool.schema for tool in self.tools] or openai.omit,  # type: ignore[arg-type]
                 temperature=server.temperature,
                 max_completion_tokens=max_tokens,
-                seed=server.seed,
+                seed=None if server.seed is None else self._seed(server.seed, episode),
                 extra_body={"chat_template_kwargs": {"reasoning": server.reasoning}},
                 extra_headers={"X-Session-ID": f"{episode.group_id}/{episode.sample}"},
             )
@@ -84,6 +85,10 @@ class ChatSpeaker:
         written = reply.usage.completion_tokens if reply.usage else 0
         episode.extras["own_tokens"] = episode.extras.get("own_tokens", 0) + written
         return turn, written, choice.finish_reason == "length"
+
+    @staticmethod
+    def _seed(seed: int, episode: Episode) -> int:
+        return stable_seed(seed, episode.prompt_id, episode.sample, len(episode.turns))
 
     async def read(self, episode: Episode, results: list[ToolResult]) -> None:
         message = assistant_message(episode.turns[-1])

@@ -38,6 +38,7 @@ def server_command(
     }
     if cpu:
         options["kv-cache-memory-bytes"] = int(config.kv_cache_gib * 2**30)
+        options["enable-chunked-prefill"] = False  # vLLM 0.32's CPU runner dies on a seeded request in a chunk
     else:
         options["gpu-memory-utilization"] = config.gpu_memory_utilization
     return [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEP = re.compile(r"step-(\d+)")
-STATE = ("trainer_state.json", "stream.pt", "optimizer.pt", "scheduler.pt")
+PARTS = "parts.json"  # names every file of a checkpoint: transformers resumes from what it finds, and skips the rest
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
@@ -34,7 +34,8 @@ def latest(checkpoints: Path) -> Path | None:
     if not found:
         return None
     folder = found[-1][1]
-    for name in STATE[:2]:
+    parts = json.loads((folder / PARTS).read_text()) if (folder / PARTS).exists() else [PARTS]
+    for name in parts:
         if not (folder / name).exists():
             raise UserError(f"{folder}: {name} is missing; delete this folder to resume from the one before it")
     return folder
@@ -73,6 +74,8 @@ def writing(checkpoints: Path, step: int, keep_last: int) -> Iterator[Path]:
     """A place for the checkpoint of ``step``; once it is whole, all but the last ``keep_last`` are deleted."""
     with written_whole(checkpoints / f"step-{step}") as scratch:
         yield scratch
+        parts = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
+        (scratch / PARTS).write_text(json.dumps(parts, indent=1))
     for _, folder in steps(checkpoints)[:-keep_last]:
         shutil.rmtree(folder)
 

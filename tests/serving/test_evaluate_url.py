@@ -52,7 +52,6 @@ def said(episodes: list[Episode]) -> list[str]:
     return [repr([(turn.reasoning, turn.content) for turn in episode.turns]) for episode in episodes]
 
 
-@pytest.mark.xfail(strict=True, reason="every sample is asked for with one seed")
 def test_samples_of_one_question_differ_and_come_again(client: Any) -> None:
     """On a question that the parrot was never taught: equal samples would make pass@k the same as accuracy."""
     rows = [Row("new", question("12 12 hard 34 is It?"), "")]
@@ -63,7 +62,6 @@ def test_samples_of_one_question_differ_and_come_again(client: Any) -> None:
     assert len(set(texts)) > 1
 
 
-@pytest.mark.xfail(run=False, reason="kills vLLM: a seeded request in a chunked prefill on CPU")
 def test_many_seeded_requests_at_once(client: Any) -> None:
     """More prompt tokens than one batch holds: each request has 200 of them, and comes with a seed."""
     rows = [Row(f"{i}", question(f"{i} " + "1 2 " * 40), "") for i in range(40)]

@@ -69,14 +69,11 @@ def test_a_step_that_is_made_again_replaces_its_folder_and_a_dead_runs_scratch(t
     (tmp_path / ".step-3.tmp" / "half").write_text("killed while it wrote")
     assert latest(tmp_path) == tmp_path / "step-3", "what was never renamed does not count"
     write(tmp_path, 3, text="after")
-    assert names(tmp_path) == ["step-3"] and names(tmp_path / "step-3") == sorted([*PARTS, "adapter"])
+    assert names(tmp_path) == ["step-3"] and names(tmp_path / "step-3") == sorted([*PARTS, "adapter", "parts.json"])
     assert json.loads((tmp_path / "step-3" / "stream.pt").read_text())["text"] == "after"
 
 
-LATE = pytest.mark.xfail(strict=True, reason="latest looks for the first two parts only; transformers skips the rest")
-
-
-@pytest.mark.parametrize("name", [*PARTS[:2], *(pytest.param(name, marks=LATE) for name in PARTS[2:])])
+@pytest.mark.parametrize("name", [*PARTS, "adapter/adapter_config.json"])
 def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(tmp_path: Path, name: str) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
