@@ -95,7 +95,10 @@ class LimitsConfig:
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_new_tokens", "tool_result_chars", "max_failures_in_a_row"):
             require(getattr(self, name) > 0, f"limits.{name}", f"{getattr(self, name)} must be at least 1")
-        require(self.max_tool_calls >= 0, "limits.max_tool_calls", f"{self.max_tool_calls} must not be negative")
+        for name in ("max_tool_calls", "retries"):
+            require(getattr(self, name) >= 0, f"limits.{name}", f"{getattr(self, name)} must not be negative")
+        turn = self.max_turn_tokens
+        require(turn is None or turn > 0, "limits.max_turn_tokens", f"{turn} must be at least 1, or null for no limit")
 
 
 @dataclass
@@ -226,6 +229,7 @@ class EvaluateConfig:
             "checkpoint",
             "give checkpoint=DIR or url=http://..., one of them",
         )
+        require(self.concurrency > 0, "concurrency", f"{self.concurrency} must be at least 1")
         modes = ("auto", "always", "never")
         require(self.reasoning in modes, "reasoning", f"{self.reasoning!r} is not one of {', '.join(modes)}")
 

@@ -53,6 +53,7 @@ def rows_of(cfg: config.EvaluateConfig, task: Any) -> list[Any]:
 
 def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str, Any]:
     """Start the engine on the checkpoint, play the questions, stop it."""
+    folder = read(str(cfg.checkpoint)).path  # before the imports that take seconds
     from hydra.utils import get_method, instantiate
     from transformers import AutoTokenizer
 
@@ -63,7 +64,6 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     from rollout.runner import Runner
     from rollout.speaker import Policy
 
-    folder = read(str(cfg.checkpoint)).path
     task = instantiate(cfg.task)
     rows = rows_of(cfg, task)
     chat = Chat(AutoTokenizer.from_pretrained(folder))
@@ -86,7 +86,7 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
     from hydra.utils import instantiate
 
     from rollout.chat_client import Server
-    from rollout.evaluation import report
+    from rollout.evaluation import report_of_run
     from rollout.runner import Job, Runner
 
     task = instantiate(cfg.task)
@@ -106,7 +106,7 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
                 total = len(jobs)
                 play: Callable[[int], None] = lambda done, m=mode, n=total: progress(m, done, n)  # noqa: E731
                 episodes = runner.play(jobs, speaking.speaker, play)
-                result[mode] = report(episodes, rows, samples) | {"dropped": total - len(episodes)}
+                result[mode] = report_of_run(runner, episodes, rows, samples, total)
     finally:
         runner.close()
     return result

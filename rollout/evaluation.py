@@ -117,10 +117,14 @@ def evaluate(
         episodes[mode] = runner.play(
             jobs, speaking.speaker, lambda done, mode=mode, total=total: progress(mode, done, total)
         )
-        if not episodes[mode]:
-            raise UserError(
-                f"evaluation: all {total} episodes were lost to {dict(runner.lost)}; mend that and try again"
-            )
-        results[mode] = report(episodes[mode], rows, samples)
-        results[mode]["dropped"] = total - len(episodes[mode])
+        results[mode] = report_of_run(runner, episodes[mode], rows, samples, total)
     return results, episodes
+
+
+def report_of_run(
+    runner: Runner, episodes: Sequence[Episode], rows: Sequence[Row], samples: int, asked: int
+) -> Figures:
+    """The report of what ``runner`` played, with the number of dropped episodes; nothing left to report is refused."""
+    if not episodes:
+        raise UserError(f"evaluation: all {asked} episodes were lost to {dict(runner.lost)}; mend that and try again")
+    return report(episodes, rows, samples) | {"dropped": asked - len(episodes)}

@@ -24,7 +24,9 @@ class Journal:
         for path in (self.metrics, self.episodes):
             if path.exists():
                 lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+                scratch = path.with_suffix(".tmp")
+                scratch.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+                scratch.replace(path)  # a kill in this moment must not cost the whole file
 
     def write_metrics(self, step: int, values: dict[str, Any]) -> None:
         _append(self.metrics, [{"step": step, **values}])

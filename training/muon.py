@@ -25,10 +25,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of both parts, at the rates that a scheduler has set on ``param_groups``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
-        return None if closure is None else closure()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]

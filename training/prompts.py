@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from rollout.environment import Row
+from rollout.errors import UserError
 
 
 class PromptOrder:
@@ -36,8 +37,10 @@ class PromptOrder:
         return order
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "rows": len(self.rows)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["rows"] != len(self.rows):
+            raise UserError(f"task.size: the run began with {state['rows']} prompts, now there are {len(self.rows)}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffled()

@@ -135,10 +135,10 @@ class RolloutStream:
             kept += [group for group in groups if group.episodes and self.axes.selection.keep(group.episodes)]
             if len(kept) >= self.batch.prompts:
                 break
-        return kept, round_metrics(seen, kept) | self._drops()
-
-    def _drops(self) -> dict[str, float]:
-        return {f"dropped/{cause}": float(count) for cause, count in self.buffer.drops.items()}
+        metrics = round_metrics(seen, kept)
+        metrics |= {f"dropped/{cause}": float(count) for cause, count in self.buffer.drops.items()}
+        self.buffer.drops.clear()
+        return kept, metrics
 
     def _steps(self, groups: list[Group], advantages: list[list[list[np.ndarray]]]) -> list[StepBatch]:
         """Cut a round into optimizer steps by whole groups, in an order that depends on seed, round and epoch alone."""
