@@ -54,12 +54,13 @@ class RunDirectory:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the block's seconds to the stage's."""
-        start = time.monotonic()
+        """Add the block's seconds to the stage's; a stage inside another one counts once, as itself."""
+        start, before = time.monotonic(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            inside = sum(self.seconds.values()) - before
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start - inside
             self._write()
 
     def _write(self) -> None:
