@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,16 +26,15 @@ class Server:
     temperature: float
     seed: int | None
     reasoning: str
-    concurrency: int
     timeout_s: float
     client: openai.AsyncOpenAI = field(init=False)
-    slots: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
         base = self.url.rstrip("/")
         base = base if base.endswith("/v1") else f"{base}/v1"
-        self.client = openai.AsyncOpenAI(base_url=base, api_key="none", timeout=self.timeout_s)
-        self.slots = asyncio.Semaphore(self.concurrency)
+        self.client = openai.AsyncOpenAI(
+            base_url=base, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=self.timeout_s
+        )
 
     async def connect(self) -> str:
         """The name of the model: the one asked for, or the only one that is served."""
@@ -69,17 +68,16 @@ class ChatSpeaker:
 
     async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
         server = self.server
-        async with server.slots:
-            reply = await server.client.chat.completions.create(
-                model=server.model or "",
-                messages=self.messages,  # type: ignore[arg-type]
-                tools=[tool.schema for tool in self.tools] or openai.omit,  # type: ignore[arg-type]
-                temperature=server.temperature,
-                max_completion_tokens=max_tokens,
-                seed=None if server.seed is None else self._seed(server.seed, episode),
-                extra_body={"chat_template_kwargs": {"reasoning": server.reasoning}},
-                extra_headers={"X-Session-ID": f"{episode.group_id}/{episode.sample}"},
-            )
+        reply = await server.client.chat.completions.create(
+            model=server.model or "",
+            messages=self.messages,  # type: ignore[arg-type]
+            tools=[tool.schema for tool in self.tools] or openai.omit,  # type: ignore[arg-type]
+            temperature=server.temperature,
+            max_completion_tokens=max_tokens,
+            seed=None if server.seed is None else self._seed(server.seed, episode),
+            extra_body={"chat_template_kwargs": {"reasoning": server.reasoning}},
+            extra_headers={"X-Session-ID": f"{episode.group_id}/{episode.sample}"},
+        )
         choice = reply.choices[0]
         turn, self._call_ids = _turn(choice.message)
         written = reply.usage.completion_tokens if reply.usage else 0

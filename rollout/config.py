@@ -229,6 +229,8 @@ class EvaluateConfig:
             "checkpoint",
             "give checkpoint=DIR or url=http://..., one of them",
         )
+        exact = getattr(self.engine, "deterministic", False)
+        require(not exact, "engine.deterministic", "is for training; evaluation is seeded by question and sample")
         require(self.concurrency > 0, "concurrency", f"{self.concurrency} must be at least 1")
         modes = ("auto", "always", "never")
         require(self.reasoning in modes, "reasoning", f"{self.reasoning!r} is not one of {', '.join(modes)}")

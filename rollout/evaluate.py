@@ -31,7 +31,7 @@ def run(composed: DictConfig) -> float:
     if cfg.threads is not None:  # before torch reads it
         os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
     result = evaluate_server(cfg, directory) if cfg.url is not None else evaluate_checkpoint(cfg, directory)
-    record = {"name": label(cfg), "checkpoint": cfg.checkpoint, "url": cfg.url, "task": cfg.task.name, **result}
+    record = {"name": label(cfg), "checkpoint": cfg.checkpoint, "url": cfg.url, "task": task_name(cfg), **result}
     (directory / "evaluation.json").write_text(json.dumps(record, indent=1))
     OmegaConf.save(composed, directory / "config.yaml", resolve=True)
     show([record], directory)
@@ -41,13 +41,18 @@ def run(composed: DictConfig) -> float:
 def label(cfg: config.EvaluateConfig) -> str:
     """A short name for tables and plots: the end of the checkpoint's path, or the server, and the task."""
     parts = Path(cfg.checkpoint).parts[-3:] if cfg.checkpoint else (str(cfg.url),)
-    return "/".join(part for part in parts if part != "checkpoints") + f" · {cfg.task.name}"
+    return "/".join(part for part in parts if part != "checkpoints") + f" · {task_name(cfg)}"
+
+
+def task_name(cfg: config.EvaluateConfig) -> str:
+    """The task's own name where its schema has one, else the class that was given."""
+    return cfg.task["_target_"] if isinstance(cfg.task, dict) else cfg.task.name
 
 
 def rows_of(cfg: config.EvaluateConfig, task: Any) -> list[Any]:
     rows = task.rows("test")[: cfg.evaluation.questions]
     if not rows:
-        raise UserError(f"task {cfg.task.name}: no test questions; give task.test_size or another split")
+        raise UserError(f"task {task_name(cfg)}: no test questions; give task.test_size or another split")
     return rows
 
 
@@ -70,7 +75,7 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     with stage("engine start", 1, "engine") as shown:
         engine = get_method(cfg.engine._target_)(cfg.engine, str(folder), log_path=directory / "engine.log")
         shown.update(1)
-    runner = Runner(task.environment, cfg.limits)
+    runner = Runner(task.environment, cfg.limits, concurrency=2 * cfg.engine.max_num_seqs)
     try:
         policy = Policy(engine, chat, Sampling(max_tokens=1), cfg.engine.max_model_len, reasoning=cfg.reasoning)
         with counted(cfg, len(rows)) as progress:
@@ -91,10 +96,10 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
 
     task = instantiate(cfg.task)
     rows = rows_of(cfg, task)
-    runner = Runner(task.environment, cfg.limits)
+    runner = Runner(task.environment, cfg.limits, concurrency=cfg.concurrency)
     e = cfg.evaluation
     timeout = cfg.engine.timeout_s
-    server = Server(str(cfg.url), cfg.model, e.temperature, e.seed, cfg.reasoning, cfg.concurrency, timeout)
+    server = Server(str(cfg.url), cfg.model, e.temperature, e.seed, cfg.reasoning, timeout)
     result: dict[str, Any] = {}
     try:
         server.model = runner.call(server.connect(), timeout, f"{cfg.url} to list its models")
@@ -120,7 +125,7 @@ class counted:
 
         e = cfg.evaluation
         self.behind = {"sampled": 0, "greedy": rows * e.samples}
-        self.stage = stage(f"evaluation on {cfg.task.name}", rows * (e.samples + e.greedy), "episodes")
+        self.stage = stage(f"evaluation on {task_name(cfg)}", rows * (e.samples + e.greedy), "episodes")
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         shown = self.stage.__enter__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import os
 import re
@@ -43,6 +44,7 @@ def to_object(cfg: DictConfig) -> Any:
 # Hydra's --help copies its whole store once a group: seconds for nothing, since loading copies the nodes that it gives.
 ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXPECTED = (UserError, EngineDied, WaitTimeout, SyncMismatch, HydraException, OmegaConfBaseException)
 
 
@@ -83,6 +85,10 @@ def guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             if VERBOSE:
                 raise
             sys.exit(_fail(one_line(error)))
+        except OSError as error:
+            if VERBOSE or error.errno not in FULL:
+                raise
+            sys.exit(_fail(f"cannot write {error.filename or run_dir()}: {error.strerror}; free disk space"))
 
     return body
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
@@ -35,12 +36,16 @@ class Runner:
     """Owns the event loop in which every episode and every engine call of a run lives."""
 
     def __init__(
-        self, environment: Callable[[], Environment], limits: LimitsConfig, lockstep: Lockstep | None = None
+        self,
+        environment: Callable[[], Environment],
+        limits: LimitsConfig,
+        lockstep: Lockstep | None = None,
+        concurrency: int | None = None,
     ) -> None:
         self.environment, self.limits, self.lockstep = environment, limits, lockstep
-        self.finished = 0
+        # Time-outs count what an episode takes, not how long it queued behind others. In lockstep all go together.
+        self._slots = asyncio.Semaphore(concurrency) if concurrency and lockstep is None else contextlib.nullcontext()
         self.lost: Counter[str] = Counter()  # dropped episodes by cause
-        self.own_tokens = 0
         self._failures = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -83,7 +88,7 @@ class Runner:
         started = self._start(list(jobs), speaker)
         for count, (_, future) in enumerate(started, 1):
             try:
-                episodes.append(future.result(self.limits.episode_timeout_s * (self.limits.retries + 2)))
+                episodes.append(future.result())  # ends by itself: every wait inside has its own time-out
             except EpisodeDropped as error:
                 if self._failures >= self.limits.max_failures_in_a_row:
                     for _, other in started:
@@ -106,7 +111,10 @@ class Runner:
             for attempt in range(self.limits.retries + 1):
                 try:
                     environment = self.environment()
-                    episode = await run_episode(job.row, environment, speaker(), self.limits, job.group_id, job.sample)
+                    async with self._slots:
+                        episode = await run_episode(
+                            job.row, environment, speaker(), self.limits, job.group_id, job.sample
+                        )
                     break
                 except (EpisodeDropped, EngineDied, UserError):
                     raise
@@ -121,8 +129,6 @@ class Runner:
             if self.lockstep is not None:
                 self.lockstep.leave(f"{job.group_id}/{job.sample}")
         self._failures = 0
-        self.finished += 1
-        self.own_tokens += episode.own_tokens
         return episode
 
     def close(self) -> None:

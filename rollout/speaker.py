@@ -9,6 +9,7 @@ from rollout.chat import Chat, assistant_message
 from rollout.engines import Engine, Sampling
 from rollout.environment import Message
 from rollout.episode import Episode, Sequence, ToolResult, Turn
+from rollout.errors import UserError
 from rollout.tools import Tool
 
 
@@ -54,6 +55,11 @@ class EngineSpeaker:
     async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
         policy, sequence = self.policy, episode.sequences[-1]
         room = min(max_tokens, policy.max_model_len - len(sequence))
+        if room <= 0 and not episode.turns:
+            raise UserError(
+                f"engine.max_model_len: {policy.max_model_len} leaves no room after prompt {episode.prompt_id} of "
+                f"{len(sequence)} tokens; raise it or leave such prompts out"
+            )
         if room <= 0:  # what it has read fills the context: nothing more can be written
             return Turn("", "", well_formed=False), 0, True
         seed = None

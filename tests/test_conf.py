@@ -24,6 +24,7 @@ COMMANDS = ["training", "rollout.evaluate", "serving"]
 GIVEN = {
     "task/gsm8k": ["task.path=x"],
     "task/dataset": ["task.path=x"],
+    "task/custom": ["task._target_=x.Y"],
     "model/hf": ["model.path=x"],
     "root/serving": ["checkpoint=x"],
 }
@@ -126,3 +127,12 @@ def test_dry_run_prints_the_plan_and_refuses_what_cannot_fit(tmp_path):
     assert refused.returncode == 2
     assert "GiB per GPU" in refused.stdout
     assert re.fullmatch(r"error: .* GiB too (much|little).*; .*", refused.stderr.strip()), refused.stderr
+
+
+@pytest.mark.parametrize("experiment", ["null", "quickstart"])
+def test_a_loss_that_is_chosen_keeps_its_own_numbers(experiment):
+    for name, schema in training_config.GROUPS["loss"].items():
+        if name != "clip":
+            assert composed("training", f"experiment={experiment}", f"loss={name}").loss == schema()
+    assert composed("training", "algorithm=dapo").loss.clip_high == 0.28
+    assert composed("training", "algorithm=dr_grpo", "advantage=rloo").advantage == training_config.RlooConfig()

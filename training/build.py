@@ -12,17 +12,18 @@ import torch
 from hydra.utils import get_method, instantiate
 
 from rollout.chat import Chat
+from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
 from rollout.errors import UserError
 from rollout.runner import Runner
 from rollout.speaker import Policy
 from rollout.tasks import Task
 from rollout.weights import Probe, bound_for, model_logprobs, sync
-from training import journal
+from training import checkpoint, journal
 from training.config import TrainingConfig
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
-from training.models import build_tiny, load_policy
+from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
 from training.stream import Axes, RolloutStream
@@ -40,20 +41,34 @@ def make_task(config: Any) -> Task:
 def initial_model(cfg: TrainingConfig, task: Task, directory: Path) -> Path | str:
     """The folder or hub name that the run starts from; ``model=tiny`` is built into ``directory`` first."""
     if cfg.model.path is not None:
-        return cfg.model.path
+        return cfg.model.path if Path(cfg.model.path).exists() else downloaded(cfg.model.path)
     if not hasattr(task, "corpus"):
         raise UserError(f"model=tiny: task {task.name} has no corpus for its tokenizer; give model=hf model.path=DIR")
-    if not (directory / "config.json").exists():
+    if not directory.exists():
         m = cfg.model
         shape = {"hidden": m.hidden, "layers": m.layers, "heads": m.heads, "head_dim": m.head_dim, "mlp": m.mlp}
-        build_tiny(directory, task.corpus(), **shape, vocab=m.vocabulary, tied=m.tied, seed=cfg.seed)
+        with checkpoint.written_whole(directory) as scratch:
+            build_tiny(scratch, task.corpus(), **shape, vocab=m.vocabulary, tied=m.tied, seed=cfg.seed)
     return directory
+
+
+def downloaded(name: str) -> Path:
+    """The local folder of a hub model: engines read folders."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    check_checkpoint(name, ())
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"model.path: {name} is no folder and the hub did not give it ({first_line(error)})") from error
 
 
 def make_policy_model(
     cfg: TrainingConfig, path: Path | str, adapter: Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model to train, with its fused head and, for LoRA, its adapter."""
+    torch.manual_seed(cfg.seed)  # an adapter begins at random: the same in a run and in its resumption
     model, tokenizer = load_policy(path, dtype=cfg.model.dtype, attention=cfg.model.attention)
     attach_head(model, temperature=cfg.sampling.temperature)
     if cfg.lora is not None:
@@ -69,7 +84,7 @@ def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
 def make_runner(cfg: Any, task: Task, engine: Engine) -> tuple[Runner, Engine]:
     """The rollout thread, and the engine as its episodes see it: in lockstep where a run must be repeatable."""
     if not cfg.engine.deterministic:
-        return Runner(task.environment, cfg.limits), engine
+        return Runner(task.environment, cfg.limits, concurrency=2 * cfg.engine.max_num_seqs), engine
     from rollout.engines.lockstep import Lockstep
 
     lockstep = Lockstep(engine)
@@ -98,7 +113,9 @@ class EngineSync:
     def __init__(
         self, cfg: TrainingConfig, runner: Runner, engine: Engine, model: Any, probe_ids: list[list[int]]
     ) -> None:
-        bound = cfg.probe.bound if cfg.probe.bound is not None else bound_for(cfg.engine.dtype)
+        bound = cfg.probe.bound
+        if bound is None:  # the coarser of the two dtypes decides
+            bound = max(bound_for(cfg.engine.dtype), bound_for(cfg.model.dtype))
         self.probe = Probe(probe_ids, bound)
         self.runner, self.engine, self.model = runner, engine, model
         self.timeout_s = cfg.engine.timeout_s

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from rollout.checkpoint import read_json
 from rollout.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEP = re.compile(r"step-(\d+)")
-PARTS = "parts.json"  # names every file of a checkpoint: transformers resumes from what it finds, and skips the rest
+PARTS = (
+    "parts.json"  # every file of a checkpoint and its size: transformers resumes from what it finds, and skips the rest
+)
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
@@ -34,9 +37,15 @@ def latest(checkpoints: Path) -> Path | None:
     if not found:
         return None
     folder = found[-1][1]
-    parts = json.loads((folder / PARTS).read_text()) if (folder / PARTS).exists() else [PARTS]
-    for name in parts:
-        if not (folder / name).exists():
+    parts = read_json(folder / PARTS) if (folder / PARTS).exists() else {PARTS: 0}
+    for name, size in parts.items():
+        part = folder / name
+        if part.exists() and part.stat().st_size != size:
+            raise UserError(
+                f"{folder}: {name} has {part.stat().st_size} bytes, not {size}; delete this folder to resume from the "
+                "one before it"
+            )
+        if not part.exists():
             raise UserError(f"{folder}: {name} is missing; delete this folder to resume from the one before it")
     return folder
 
@@ -74,7 +83,8 @@ def writing(checkpoints: Path, step: int, keep_last: int) -> Iterator[Path]:
     """A place for the checkpoint of ``step``; once it is whole, all but the last ``keep_last`` are deleted."""
     with written_whole(checkpoints / f"step-{step}") as scratch:
         yield scratch
-        parts = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        parts = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
         (scratch / PARTS).write_text(json.dumps(parts, indent=1))
     for _, folder in steps(checkpoints)[:-keep_last]:
         shutil.rmtree(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -250,6 +250,9 @@ class ProbeConfig:
     sequences: int = 4
     bound: float | None = None  # None: 1e-4 in float32, measured value in bfloat16
 
+    def __post_init__(self) -> None:
+        require(self.sequences > 0, "probe.sequences", f"{self.sequences} must be at least 1: the gate is never off")
+
 
 @dataclass
 class NodeConfig:
@@ -333,6 +336,17 @@ class TrainingConfig:
             "limits.max_new_tokens",
             f"{self.limits.max_new_tokens} leaves no room for a prompt in engine.max_model_len={length}",
         )
+        master = self.lora is not None or "deepspeed" in self.trainer
+        require(
+            self.model.dtype == "float32" or master,
+            "model.dtype",
+            "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
+        )
+        scheduled, url = self.scheduler.cls is not None, getattr(self.engine, "url", None)
+        vllm = hasattr(self.engine, "scheduler_cls")
+        require(not scheduled or vllm, "scheduler.cls", "only vLLM has schedulers; take engine=vllm")
+        require(not scheduled or url is None, "scheduler.cls", "the server at engine.url chose its own; leave it out")
+        require(self.kl.coef >= 0, "kl.coef", f"{self.kl.coef} must not be negative")
         require(
             self.max_staleness == 0, "max_staleness", f"{self.max_staleness}: only 0, exactly synchronous, is built"
         )
@@ -346,7 +360,6 @@ class TrainingConfig:
             "report_to",
             "use_liger_kernel",
             "torch_compile",
-            "logging_steps",
             "optim",
             "optim_args",
         }
@@ -375,9 +388,3 @@ def register() -> None:
     """Tell Hydra the schemas of rollouts and training."""
     ConfigStore.instance().store(name="training_schema", node=TrainingConfig)
     rollout_config.register({**rollout_config.GROUPS, **GROUPS})
-
-
-def member_settings(config: Any) -> dict[str, Any]:
-    """A member's settings without its ``_target_``, as keyword arguments."""
-    items = config.items() if isinstance(config, dict) else ((f.name, getattr(config, f.name)) for f in fields(config))
-    return {key: value for key, value in items if key != "_target_"}

@@ -159,7 +159,7 @@ def first_policy(cfg: TrainingConfig, task: Any, directory: RunDirectory) -> Pat
 
 def finish(cfg: TrainingConfig, directory: RunDirectory, seconds: float) -> dict[str, Any]:
     """Summary, plots, and what to type next."""
-    result = summary.summarise(directory.evaluations, directory.seconds, seconds)
+    result = summary.summarise(directory.evaluations, cfg.steps, directory.seconds, seconds)
     (directory.path / "summary.json").write_text(json.dumps(result, indent=1))
     rows = plots.read_jsonl(directory.path / "metrics.jsonl")
     plots.plot_reward(rows, directory.evaluations, directory.path / "reward.png")

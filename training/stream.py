@@ -138,6 +138,7 @@ class RolloutStream:
         metrics = round_metrics(seen, kept)
         metrics |= {f"dropped/{cause}": float(count) for cause, count in self.buffer.drops.items()}
         self.buffer.drops.clear()
+        metrics["rollout/stale"] = float(self.buffer.stale)
         return kept, metrics
 
     def _steps(self, groups: list[Group], advantages: list[list[list[np.ndarray]]]) -> list[StepBatch]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import MISSING, fields
 from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
 
 from rollout.display import console, evaluation_table
 from training import checkpoint
@@ -10,11 +14,13 @@ from training.config import TrainingConfig
 from training.run_directory import RunDirectory
 
 
-def summarise(evaluations: list[dict[str, Any]], by_stage: dict[str, float], seconds: float) -> dict[str, Any]:
+def summarise(
+    evaluations: list[dict[str, Any]], steps: int, by_stage: dict[str, float], seconds: float
+) -> dict[str, Any]:
     """Accuracy before and after on unseen questions, and where the time went; absent figures are left out."""
     result: dict[str, Any] = {}
     ends = ({"before": evaluations[0]} if evaluations and evaluations[0]["step"] == 0 else {}) | (
-        {"after": evaluations[-1]} if evaluations and evaluations[-1]["step"] > 0 else {}
+        {"after": evaluations[-1]} if evaluations and evaluations[-1]["step"] == steps else {}
     )
     for end, evaluation in ends.items():
         for mode, name in (("sampled", "accuracy"), ("greedy", "greedy")):
@@ -35,11 +41,38 @@ def show(result: dict[str, Any], directory: RunDirectory, cfg: TrainingConfig) -
     console.print(f"pictures: {run_dir / 'reward.png'}  {run_dir / 'behaviour.png'}", highlight=False)
     last = checkpoint.latest(directory.checkpoints)
     if last is not None:
-        task = f"task={cfg.task.name}" + (f" task.path={cfg.task.path}" if getattr(cfg.task, "path", None) else "")
         console.print("next:", highlight=False)
         for command in (
             f"python -m serving checkpoint={last}",
-            f"python -m rollout.evaluate checkpoint={last} {task}",
+            f"python -m rollout.evaluate checkpoint={last} {evaluation_settings(cfg)}",
             f"tensorboard --logdir {run_dir}",
         ):
             console.print(f"  {command}", highlight=False)
+
+
+def evaluation_settings(cfg: TrainingConfig) -> str:
+    """Overrides that make ``rollout.evaluate`` measure what the run measured: its task, limits and context."""
+    choice = HydraConfig.get().runtime.choices["task"]
+    parts = [f"task={choice}", *differences("task", cfg.task), *differences("limits", cfg.limits)]
+    return " ".join([*parts, f"engine.max_model_len={cfg.engine.max_model_len}"])
+
+
+def differences(name: str, member: Any) -> list[str]:
+    """``name.key=value`` for every setting that is not its schema's default; all of them where there is no schema."""
+    if isinstance(member, dict):
+        return [f"{name}.{key}={override(value)}" for key, value in member.items()]
+    changed = []
+    for f in fields(member):
+        value = getattr(member, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value != default:
+            changed.append(f"{name}.{f.name}={override(value)}")
+    return changed
+
+
+def override(value: Any) -> str:
+    """A value as Hydra's command line takes it, quoted for the shell where that needs it."""
+    if isinstance(value, dict | list):
+        items = (f"{k}:{v}" for k, v in value.items()) if isinstance(value, dict) else map(str, value)
+        return shlex.quote(f"{{{','.join(items)}}}" if isinstance(value, dict) else f"[{','.join(items)}]")
+    return "null" if value is None else shlex.quote(str(value))

@@ -97,12 +97,23 @@ class RolloutTrainer(Trainer):
                 "lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
             )
         self._metrics = dict(inputs["metrics"])
-        self._metrics["time/train"] = time.monotonic() - start
+        now = time.monotonic()
+        self._metrics |= {"time/train": now - start, "time/step": now - self._step_end}
         if stats:
             policy = means(reduce(stats))
             del policy["loss"]  # Trainer logs it
             self._metrics |= {f"policy/{name}": value for name, value in policy.items()}
         return total
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Also the last look before the optimizer's step: a finite loss can have gradients that are not."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise UserError(
+                f"the gradient norm of step {self.state.global_step + 1} is {float(norm)}; the last checkpoint is "
+                "untouched: lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
+            )
+        return norm
 
     def _loss(
         self, model: torch.nn.Module, micro_batch: MicroBatch, anchor: torch.Tensor | None
@@ -126,15 +137,19 @@ class RolloutTrainer(Trainer):
     @torch.no_grad()
     def logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
         """The trainer's own log-probs of the policy's tokens: what ``anchor=recomputed`` measures ratios against."""
-        with self.compute_loss_context_manager():
-            return [token_logprobs(self.model_wrapped, m.to(self.args.device))[0].cpu() for m in micro_batches]
+        training = self.model_wrapped.training
+        self.model_wrapped.eval()  # no dropout: it would be another policy
+        try:
+            with self.compute_loss_context_manager():
+                return [token_logprobs(self.model_wrapped, m.to(self.args.device))[0].cpu() for m in micro_batches]
+        finally:
+            self.model_wrapped.train(training)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the stream and the objective measured to each step's row."""
         if "loss" in logs:
-            now = time.monotonic()
-            logs = {**logs, **self._metrics, "time/step": now - self._step_end}
-            self._step_end = now
+            logs = {**logs, **self._metrics}
+            self._step_end = time.monotonic()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

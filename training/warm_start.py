@@ -74,7 +74,11 @@ def warm_start(
 
     class WeightedSftTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            return weighted_loss(model, inputs)
+            loss = weighted_loss(model, inputs)
+            if not torch.isfinite(loss):
+                step = self.state.global_step + 1
+                raise UserError(f"the loss of warm-start step {step} is {loss.item()}; lower warm_start.learning_rate")
+            return loss
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
             if config.optimizer == "muon" and self.optimizer is None:

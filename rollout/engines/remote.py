@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import shutil
 import tempfile
 import threading
 from collections.abc import Coroutine, Iterable, Iterator
@@ -161,7 +162,7 @@ class RemoteEngine:
         self._closed = True
         await asyncio.to_thread(self._stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, self.config.timeout_s)
         self._loop.close()
 
     async def _watched(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -201,8 +202,9 @@ def weight_files(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Path]:
     """Write named tensors to safetensors files in shared memory, one at a time; each is removed after use."""
     from safetensors.torch import save_file
 
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=shared if shared.is_dir() else None) as folder:
+    shared = Path("/dev/shm")  # containers often have little of it
+    room = shared.is_dir() and shutil.disk_usage(shared).free > 2 * CHUNK_BYTES
+    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=shared if room else None) as folder:
         path = Path(folder) / "weights.safetensors"
         chunk: dict[str, torch.Tensor] = {}
         size = 0

@@ -188,7 +188,9 @@ class ThreadedEngine:
         if not self._closed:
             self._closed = True
             self._commands.put(lambda: None)
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, self.config.timeout_s)
+            if self._thread.is_alive():
+                raise WaitTimeout(f"waited {self.config.timeout_s:g} s for the engine's last step to end")
 
     async def _ask(self, action: Callable[[], Any], what: str) -> Any:
         """Run ``action`` on the engine thread between two steps."""

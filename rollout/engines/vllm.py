@@ -141,7 +141,7 @@ def refusals() -> Iterator[None]:
     """Turn vLLM's refusal of a configuration (a pydantic report of many lines) into one line."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "error" in line.lower() and "validation error" not in line), lines[-1])
         raise UserError(f"engine: vLLM refuses these settings: {reason}") from error

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from pathlib import Path
 
 ACTIVE = "TURNSTILE_ENGINE"
 LOG = "TURNSTILE_ENGINE_LOG"
@@ -26,7 +27,7 @@ def register() -> None:
     if not owner:
         return
     if owner != str(os.getpid()):
-        die_with_parent()
+        die_with_parent(int(owner))
         if os.environ.get(LOG):
             log_to(os.environ[LOG])
             print_to(os.environ[LOG])
@@ -79,12 +80,15 @@ def sample_eagerly() -> None:
         setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
 
 
-def die_with_parent() -> None:
-    """End this process within seconds of its parent: a killed trainer must leave no engine behind."""
+def die_with_parent(owner: int) -> None:
+    """End this process within seconds of its parent or its owner: a killed trainer must leave no engine behind.
+
+    The owner may have gone before this process had imported so far, and its parent then is another already.
+    """
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and Path(f"/proc/{owner}").exists():
             time.sleep(1)
         os._exit(1)
 

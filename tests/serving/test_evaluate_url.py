@@ -26,7 +26,7 @@ LIMITS = LimitsConfig(max_new_tokens=48)
 
 
 def server(client: Any, temperature: float = 0.0, seed: int | None = None, model: str | None = None) -> Server:
-    return Server(str(client.base_url), model, temperature, seed, "auto", 8, 60.0)
+    return Server(str(client.base_url), model, temperature, seed, "auto", 60.0)
 
 
 def play(server: Server, rows: list[Row], samples: int = 1, tools: bool = True) -> list[Episode]:
@@ -71,7 +71,7 @@ def test_many_seeded_requests_at_once(client: Any) -> None:
 def test_a_dead_address_and_an_unknown_model_are_one_line(client: Any) -> None:
     with pytest.raises(UserError, match=r"model: http://\S+ does not serve 'gpt', only parrot"):
         asyncio.run(server(client, model="gpt").connect())
-    dead = Server("http://127.0.0.1:9/v1", None, 0.0, None, "auto", 1, 5.0)
+    dead = Server("http://127.0.0.1:9/v1", None, 0.0, None, "auto", 5.0)
     with pytest.raises(UserError, match=r"url: nothing answers at http://127\.0\.0\.1:9/v1 .*python -m serving"):
         asyncio.run(dead.connect())
 
