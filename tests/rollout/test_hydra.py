@@ -27,7 +27,7 @@ def refusal(root: str, *overrides: str) -> str:
         ("batch.promts=3", "batch.promts: unknown key; did you mean batch.prompts?"),
         ("xyzzy=3", "xyzzy: unknown key; --cfg job shows the keys that there are"),
         ("task.sise=3", "task.sise: unknown key; did you mean task.size?"),
-        ("loss=clipp", "loss=clipp: no such choice; there are: cispo, clip, gspo"),
+        ("loss=clipp", "loss=clipp: no such choice; there are: cispo, clip, clip_symmetric, gspo"),
         ("limits.max_turns=0", "limits.max_turns: 0 must be at least 1"),
         ("task=gsm8k", "task.path: required and not given; add task.path=... to the command"),
         ("nogroup=3", None),

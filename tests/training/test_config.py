@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from rollout.errors import UserError
 from rollout.hydra import EXPECTED, conf_dir, one_line, to_object
-from training.config import GROUPS, ClipConfig, TrainingConfig, member_settings, register
+from training.config import GROUPS, TrainingConfig, register
 
 REFUSED = {
     "steps=0": "steps: 0 must be at least 1",
@@ -78,6 +78,7 @@ def test_what_works_is_let_through(overrides: str) -> None:
 def test_members_know_the_classes_that_read_them_and_these_their_settings() -> None:
     """A setting that nobody reads, or a class that is not there, would show only at the end of a start."""
     import inspect
+    from dataclasses import fields
     from pkgutil import resolve_name
 
     for group, members in GROUPS.items():
@@ -85,6 +86,5 @@ def test_members_know_the_classes_that_read_them_and_these_their_settings() -> N
             target: Any = getattr(schema, "_target_", None)
             if target is not None:
                 parameters = inspect.signature(resolve_name(target)).parameters
-                assert set(member_settings(schema())) <= set(parameters), f"{group}/{name}"
-    assert member_settings(ClipConfig()) == {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None}
-    assert member_settings({"_target_": "x", "a": 1}) == {"a": 1}
+                settings = {field.name for field in fields(schema)} - {"_target_"}
+                assert settings <= set(parameters), f"{group}/{name}"
