@@ -14,6 +14,7 @@ from rollout.chat import Chat
 from rollout.engines import Sampling
 from rollout.environment import Message
 from rollout.episode import Episode, ToolCall, ToolResult, Turn
+from rollout.errors import UserError
 from rollout.speaker import Policy, program_id, stable_seed
 from rollout.tasks.arithmetic import Arithmetic
 from rollout.tools.calculator import calculator
@@ -144,6 +145,15 @@ def test_a_full_context_ends_the_episode_without_asking_the_engine(policy: Polic
     prompt = policy.chat.open(QUESTION, [calculator])
     episode, speaker = Episode("q", "g"), replace(policy, max_model_len=len(prompt)).speaker()
     run(speaker.open(episode, QUESTION, [calculator]))
+    episode.turns.append(Turn("", ""))  # what it has read since fills the context
     turn, written, cut = run(speaker.speak(episode, 6))
     assert (written, cut, turn.well_formed) == (0, True, False)
     assert episode.own_tokens == 0
+
+
+def test_a_prompt_that_fills_the_context_is_refused_not_scored(policy: Policy, run: Loop) -> None:
+    prompt = policy.chat.open(QUESTION, [calculator])
+    episode, speaker = Episode("q", "g"), replace(policy, max_model_len=len(prompt)).speaker()
+    run(speaker.open(episode, QUESTION, [calculator]))
+    with pytest.raises(UserError, match=rf"engine\.max_model_len: {len(prompt)} leaves no room after prompt q of"):
+        run(speaker.speak(episode, 6))
