@@ -48,13 +48,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, or one line that names the file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({first_line(error)}); copy or save the checkpoint again") from None
+    value = parse_json(file)
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged (not a JSON object); copy or save the checkpoint again")
     return value
+
+
+def parse_json(file: Path) -> Any:
+    """Whatever JSON the file holds, or one line that names it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}); copy or save the checkpoint again") from None
 
 
 def check_weights(folder: Path) -> None:

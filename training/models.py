@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.chat import TAGS, TEMPLATE
-from rollout.checkpoint import check_weights, first_line, read_config, read_json
+from rollout.checkpoint import check_weights, first_line, parse_json, read_config
 from rollout.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,5 +154,5 @@ def check_checkpoint(path: str | Path, names: tuple[str, ...]) -> None:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: not a whole checkpoint; copy it again or give another folder")
     for file in folder.glob("*.json"):
-        read_json(file)
+        parse_json(file)
     check_weights(folder)
