@@ -30,7 +30,8 @@ class RunDirectory:
 
     def open(self, composed: Any, *, resume: bool, overwrite: bool) -> None:
         """Make the directory, or find in it the run to go on with; a run is never overwritten unasked."""
-        found = self._file.exists()
+        # A run that was refused before it had made anything is no run: the mended command may use its place.
+        found = self._file.exists() and (self.checkpoints.exists() or any(self.path.glob("*.jsonl")))
         if found and not (resume or overwrite):
             raise UserError(
                 f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
