@@ -77,6 +77,11 @@ def plot_behaviour(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def _legend_above(axis: Any) -> None:
+    """Where bars fill the picture there is no free corner inside it."""
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+
 def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     """Accuracy with its interval, in whole and by difficulty, for one or more evaluated checkpoints."""
     figure, (left, right) = _axes(2)
@@ -89,7 +94,7 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
     tilt = {"rotation": 20, "ha": "right"} if len(names) > 2 else {}
     left.set_xticks(range(len(names)), names, **tilt)
     left.set(ylabel="accuracy on unseen questions", ylim=(0, 1.03))
-    left.legend(frameon=False, fontsize=8)
+    _legend_above(left)
     colours = (BLUE, ORANGE, GREEN, GREY)
     difficulties = list(dict.fromkeys(d for _, result in results for d in result["sampled"]["by_difficulty"]))
     width = 0.8 / len(results)
@@ -100,5 +105,5 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
     right.set_xticks(range(len(difficulties)), difficulties)
     right.set(xlabel="difficulty", ylabel="tool calls an episode")
     right.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=8)
+    _legend_above(right)
     figure.savefig(path, dpi=140)
