@@ -108,7 +108,8 @@ def run_command(main: Callable[[], Any]) -> None:
 
 def run_dir() -> Path:
     """Where this job writes: ``run_dir`` of a single run, or the job's own folder in a sweep."""
-    return Path(HydraConfig.get().runtime.output_dir)
+    path = Path(HydraConfig.get().runtime.output_dir)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _fail(line: str, code: int = 2) -> int:

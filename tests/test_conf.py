@@ -136,3 +136,8 @@ def test_a_loss_that_is_chosen_keeps_its_own_numbers(experiment):
             assert composed("training", *experiment, f"loss={name}").loss == schema()
     assert composed("training", "algorithm=dapo").loss.clip_high == 0.28
     assert composed("training", "algorithm=dr_grpo", "advantage=rloo").advantage == training_config.RlooConfig()
+
+
+def test_an_experiment_may_name_its_run_directory():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("training", overrides=["experiment=quickstart"]).run_dir == "outputs/quickstart"
