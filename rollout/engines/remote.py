@@ -8,6 +8,7 @@ import itertools
 import shutil
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a lar
 ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits for
 
 
-class RemoteEngine:
+class RemoteEngine(ABC):
     """An ``Engine`` whose coroutines run on the engine's own loop, so that callers may use any loop.
 
     A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone.
@@ -48,36 +49,36 @@ class RemoteEngine:
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    async def _generate(self, request: Request, request_id: str) -> Generation:
-        raise NotImplementedError
+    @abstractmethod
+    async def _generate(self, request: Request, request_id: str) -> Generation: ...
 
-    async def _score(self, ids: list[int], request_id: str) -> list[float]:
-        raise NotImplementedError
+    @abstractmethod
+    async def _score(self, ids: list[int], request_id: str) -> list[float]: ...
 
-    async def _abort(self, request_ids: list[str]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _abort(self, request_ids: list[str]) -> None: ...
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
-    async def _set_paused(self, mode: PauseMode | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _set_paused(self, mode: PauseMode | None) -> None: ...
 
+    @abstractmethod
     async def _load(self, files: Iterator[Path], version: int) -> None:
         """Load safetensors files, each of which lives until the next is asked for, and drop the prefix cache."""
-        raise NotImplementedError
 
-    async def _sleep(self, level: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _sleep(self, level: int) -> None: ...
 
-    async def _wake(self, tags: list[str] | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _wake(self, tags: list[str] | None) -> None: ...
 
-    async def _health(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _health(self) -> None: ...
 
+    @abstractmethod
     def _stop(self) -> None:
         """End the other side; blocks."""
-        raise NotImplementedError
 
     # --- callers -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class RemoteEngine:
         if running:
             await self._call(self._abort(running), "an abort")
 
-    async def release(self, program_id: str) -> None:
+    async def release(self, program_id: str) -> None:  # noqa: B027 - a member with retention of its own overrides it
         """Nothing is kept per program unless the scheduler does, and that learns of the end by ``last_turn``."""
 
     async def stats(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Running:
     spans: list[tuple[int, int]] = field(default_factory=list)  # (version, tokens written by its end)
 
 
-class ThreadedEngine:
+class ThreadedEngine(ABC):
     """An ``Engine``. Callers post commands; the engine thread runs them between two steps, and owns everything else.
 
     A member fills in the methods under "member"; all of them run on the engine thread.
@@ -68,36 +69,36 @@ class ThreadedEngine:
 
     # --- member ------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _open(self) -> None:
         """Build the engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _add(self, key: str, running: Running) -> None:
         """Start a request; its result is given to ``_done`` under this key, now or in a later step."""
-        raise NotImplementedError
 
-    def _step(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _step(self) -> None: ...
 
+    @abstractmethod
     def _cut(self, key: str, running: Running) -> Generation:
         """End a request early and give what it wrote so far."""
-        raise NotImplementedError
 
-    def _load(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
-    def _sleep(self, level: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _sleep(self, level: int) -> None: ...
 
-    def _wake(self, tags: list[str] | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _wake(self, tags: list[str] | None) -> None: ...
 
+    @abstractmethod
     def _usage(self) -> float:
         """Share of the key-value cache that is in use."""
-        raise NotImplementedError
 
-    def _shut(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _shut(self) -> None: ...
 
     # --- callers -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class ThreadedEngine:
     async def abort(self, program_id: str) -> None:
         await self._ask(lambda: self._abort(lambda running: running.request.program_id == program_id), "an abort")
 
-    async def release(self, program_id: str) -> None:
+    async def release(self, program_id: str) -> None:  # noqa: B027 - a member with retention of its own overrides it
         """Nothing is kept per program unless the scheduler does, and that learns of the end by ``last_turn``."""
 
     async def stats(self) -> dict[str, float]:
