@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import openai
 
 from rollout.chat import assistant_message, parse_text
 from rollout.environment import Message
-from rollout.episode import Episode, Sequence, ToolCall, ToolResult, Turn
+from rollout.episode import Episode, Sequence, ToolCall, ToolResult, Turn, program_id
 from rollout.errors import UserError
 from rollout.speaker import stable_seed
 from rollout.tools import Tool
@@ -49,6 +49,10 @@ class Server:
             raise UserError(f"model: {self.url} does not serve {self.model!r}, only {', '.join(served)}")
         return self.model
 
+    def at(self, temperature: float, seed: int | None) -> Server:
+        """The same server for another pass of an evaluation."""
+        return replace(self, temperature=temperature, seed=seed)
+
     def speaker(self) -> ChatSpeaker:
         return ChatSpeaker(self)
 
@@ -76,7 +80,7 @@ class ChatSpeaker:
             max_completion_tokens=max_tokens,
             seed=None if server.seed is None else self._seed(server.seed, episode),
             extra_body={"chat_template_kwargs": {"reasoning": server.reasoning}},
-            extra_headers={"X-Session-ID": f"{episode.group_id}/{episode.sample}"},
+            extra_headers={"X-Session-ID": program_id(episode)},
         )
         choice = reply.choices[0]
         turn, self._call_ids = _turn(choice.message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Status(StrEnum):
@@ -97,6 +97,21 @@ class Turn:
     def thought(self) -> bool:
         """AdaCoT's HasReasoning: the think block is not empty (arXiv 2505.11896 §2.1)."""
         return bool(self.reasoning.strip())
+
+
+class Member(Protocol):
+    """One of a group: an episode, or the job that will become one."""
+
+    @property
+    def group_id(self) -> str: ...
+
+    @property
+    def sample(self) -> int: ...
+
+
+def program_id(member: Member) -> str:
+    """The engine's name for an episode: what scheduling and retention go by."""
+    return f"{member.group_id}/{member.sample}"
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
     from hydra.utils import instantiate
 
     from rollout.chat_client import Server
-    from rollout.evaluation import report_of_run
-    from rollout.runner import Job, Runner
+    from rollout.evaluation import evaluate
+    from rollout.runner import Runner
 
     task = instantiate(cfg.task)
     rows = rows_of(cfg, task)
@@ -100,18 +99,10 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
     e = cfg.evaluation
     timeout = cfg.engine.timeout_s
     server = Server(str(cfg.url), cfg.model, e.temperature, e.seed, cfg.reasoning, timeout)
-    result: dict[str, Any] = {}
     try:
         server.model = runner.call(server.connect(), timeout, f"{cfg.url} to list its models")
         with counted(cfg, len(rows)) as progress:
-            for mode, temperature in (("sampled", e.temperature), ("greedy", 0.0))[: 1 + e.greedy]:
-                samples = e.samples if mode == "sampled" else 1
-                speaking = replace(server, temperature=temperature, seed=e.seed if temperature else None)
-                jobs = [Job(row, f"{mode}/{row.id}", i) for row in rows for i in range(samples)]
-                total = len(jobs)
-                play: Callable[[int], None] = lambda done, m=mode, n=total: progress(m, done, n)  # noqa: E731
-                episodes = runner.play(jobs, speaking.speaker, play)
-                result[mode] = report_of_run(runner, episodes, rows, samples, total)
+            result, _ = evaluate(runner, server, rows, e, progress)
     finally:
         runner.close()
     return result

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from rollout.agent import Speaker
 from rollout.config import EvaluationConfig
 from rollout.environment import Row
 from rollout.episode import Episode
 from rollout.errors import UserError
 from rollout.runner import Job, Runner
-from rollout.speaker import Policy
 
 Figures = dict[str, Any]
 
@@ -91,40 +90,38 @@ def report(episodes: Sequence[Episode], rows: Sequence[Row], samples: int = 1) -
     return result
 
 
+class Evaluated(Protocol):
+    """A policy behind an engine, or behind somebody's server."""
+
+    def at(self, temperature: float, seed: int | None) -> Evaluated: ...
+
+    def speaker(self) -> Speaker: ...
+
+
 def evaluate(
     runner: Runner,
-    policy: Policy,
+    policy: Evaluated,
     rows: Sequence[Row],
     config: EvaluationConfig,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[dict[str, Figures], dict[str, list[Episode]]]:
     """Play every row: ``sampled`` at the temperature, seeded by question and sample, and ``greedy``.
 
-    The engine's version does not enter the seeds: two checkpoints meet the same randomness.
+    The engine's version does not enter the seeds: two checkpoints meet the same randomness. Each report holds the
+    number of ``dropped`` episodes; nothing left to report is refused.
     """
     modes = {"sampled": (config.temperature, config.samples)} | ({"greedy": (0.0, 1)} if config.greedy else {})
     results: dict[str, Figures] = {}
     episodes: dict[str, list[Episode]] = {}
     for mode, (temperature, samples) in modes.items():
-        speaking = replace(
-            policy,
-            sampling=replace(policy.sampling, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0),
-            seed=config.seed if temperature > 0 else None,
-            seed_version=False,
-        )
+        speaking = policy.at(temperature, config.seed if temperature > 0 else None)
         jobs = [Job(row, f"{mode}/{row.id}", sample) for row in rows for sample in range(samples)]
         total = len(jobs)
         episodes[mode] = runner.play(
             jobs, speaking.speaker, lambda done, mode=mode, total=total: progress(mode, done, total)
         )
-        results[mode] = report_of_run(runner, episodes[mode], rows, samples, total)
+        if not episodes[mode]:
+            lost = dict(runner.lost)
+            raise UserError(f"evaluation: all {total} episodes were lost to {lost}; mend that and try again")
+        results[mode] = report(episodes[mode], rows, samples) | {"dropped": total - len(episodes[mode])}
     return results, episodes
-
-
-def report_of_run(
-    runner: Runner, episodes: Sequence[Episode], rows: Sequence[Row], samples: int, asked: int
-) -> Figures:
-    """The report of what ``runner`` played, with the number of dropped episodes; nothing left to report is refused."""
-    if not episodes:
-        raise UserError(f"evaluation: all {asked} episodes were lost to {dict(runner.lost)}; mend that and try again")
-    return report(episodes, rows, samples) | {"dropped": asked - len(episodes)}

@@ -16,7 +16,7 @@ from rollout.agent import EpisodeDropped, Speaker, run_episode
 from rollout.buffer import RolloutBuffer
 from rollout.config import LimitsConfig
 from rollout.environment import Environment, Row
-from rollout.episode import Episode
+from rollout.episode import Episode, program_id
 from rollout.errors import EngineDied, UserError, WaitTimeout
 
 if TYPE_CHECKING:
@@ -98,11 +98,9 @@ class Runner:
         return episodes
 
     def _start(self, jobs: list[Job], speaker: Callable[[], Speaker]) -> list[tuple[Job, Future[Episode]]]:
-        if (
-            self.lockstep is not None
-        ):  # every program is known before the first speaks: batches depend on the jobs alone
-            for job in jobs:
-                self.lockstep.enter(f"{job.group_id}/{job.sample}")
+        if self.lockstep is not None:
+            for job in jobs:  # all before the first speaks: batches then depend on the jobs alone
+                self.lockstep.enter(program_id(job))
         return [(job, asyncio.run_coroutine_threadsafe(self._play(job, speaker), self._loop)) for job in jobs]
 
     async def _play(self, job: Job, speaker: Callable[[], Speaker]) -> Episode:
@@ -127,7 +125,7 @@ class Runner:
             raise
         finally:
             if self.lockstep is not None:
-                self.lockstep.leave(f"{job.group_id}/{job.sample}")
+                self.lockstep.leave(program_id(job))
         self._failures = 0
         return episode
 

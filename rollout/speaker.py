@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rollout.chat import Chat, assistant_message
 from rollout.engines import Engine, Sampling
 from rollout.environment import Message
-from rollout.episode import Episode, Sequence, ToolResult, Turn
+from rollout.episode import Episode, Sequence, ToolResult, Turn, program_id
 from rollout.errors import UserError
 from rollout.tools import Tool
 
@@ -34,6 +34,11 @@ class Policy:
     seed: int | None = None
     seed_version: bool = True
     reasoning: str = "auto"
+
+    def at(self, temperature: float, seed: int | None) -> Policy:
+        """The same policy for an evaluation: the full distribution at this temperature, the same seeds every time."""
+        sampling = replace(self.sampling, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0)
+        return replace(self, sampling=sampling, seed=seed, seed_version=False)
 
     def speaker(self) -> EngineSpeaker:
         return EngineSpeaker(self)
@@ -92,8 +97,3 @@ class EngineSpeaker:
 
     async def close(self, episode: Episode) -> None:
         await self.policy.engine.release(program_id(episode))
-
-
-def program_id(episode: Episode) -> str:
-    """The engine's name for an episode: what scheduling and retention go by."""
-    return f"{episode.group_id}/{episode.sample}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rollout.weights import named_weights
 from training.config import LoraConfig
 
 if TYPE_CHECKING:
@@ -42,9 +43,12 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
     Merging in place and back would leave a rounding error in the frozen weights at every sync.
     """
+    base = base_model(model)
+    if base is model:
+        yield from named_weights(model)
+        return
     from peft.tuners.lora import LoraLayer
 
-    base = base_model(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for name, parameter in base.named_parameters():
         if ".lora_" in name or "lora_embedding" in name:
