@@ -1,0 +1,73 @@
+"""Whose request this is, what its output called, and how it ended: read from vLLM's requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rollout.scheduling.prefixes import PrefixIndex
+from rollout.scheduling.tool_names import ToolNames
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+UNKNOWN = "unknown"  # the engine has no tokenizer: whether a tool was called is for the client to say
+LONGEST = 256  # characters of a program's name; longer ones, and what is no text, name nothing
+STOP_TAIL = 64  # output tokens in which a stop string is looked for
+
+
+class Identity:
+    """``infer``: requests without a name belong to the program whose finished request they extend."""
+
+    def __init__(self, structured_output_manager: Any, hash_block_size: int, *, infer: bool) -> None:
+        self._tokenizer = getattr(structured_output_manager, "tokenizer", None)  # absent with skip_tokenizer_init
+        self._names = ToolNames(self._tokenizer) if self._tokenizer is not None else None
+        self._prefixes = PrefixIndex(hash_block_size) if infer else None
+
+    def program(self, request: Request) -> str | None:
+        """vLLM's ``session_id``, or ``extra_args["session_id"]``; else by its prefix; None for a request on its own."""
+        for name in (request.session_id, _extra(request, "session_id")):
+            if isinstance(name, str) and 0 < len(name) <= LONGEST and name.isprintable():
+                return name
+        return self._prefixes.find(request.all_token_ids, request.block_hashes) if self._prefixes is not None else None
+
+    def tool_before(self, request: Request) -> str | None:
+        """The tool whose result opens this turn, if the client says so."""
+        tool = _extra(request, "tool")
+        return tool[:64] if isinstance(tool, str) and tool else None
+
+    def last_turn(self, request: Request) -> bool:
+        """Whether the client says that no turn follows."""
+        return _extra(request, "last_turn") in (True, 1, "1", "true")
+
+    def tool_after(self, request: Request) -> str | None:
+        """The tool that the output calls; None: it answers, and a person is next."""
+        return self._names.call(list(request.output_token_ids)) if self._names is not None else UNKNOWN
+
+    def stopped_by_string(self, request: Request) -> bool:
+        """A stop string ends a request in the front end, which aborts it here then, as for a client that left."""
+        stops = (request.sampling_params.stop or []) if request.sampling_params is not None else []
+        stops = [stops] if isinstance(stops, str) else stops
+        if not stops or self._tokenizer is None:
+            return False
+        text = self._tokenizer.decode(list(request.output_token_ids)[-STOP_TAIL:])
+        return any(stop in text for stop in stops)
+
+    def finished(self, request: Request, name: str | None) -> str | None:
+        """Remember where a finished request ended, so that the next one is known by its prefix.
+
+        Returns the name of its program: a new one if it had none, None if programs are not inferred.
+        """
+        if self._prefixes is None:
+            return name
+        name = name or self._prefixes.name()
+        self._prefixes.finished(name, request.num_prompt_tokens, request.all_token_ids, request.block_hashes)
+        return name
+
+    def forget(self, name: str) -> None:
+        if self._prefixes is not None:
+            self._prefixes.forget(name)
+
+
+def _extra(request: Request, key: str) -> Any:
+    arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
+    return (arguments or {}).get(key)

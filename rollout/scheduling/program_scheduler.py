@@ -1,0 +1,343 @@
+"""vLLM's scheduler with programs in mind: retention and order. The mixin behind ``vllm_plugin.program_scheduler``.
+
+What is decided is in ``policies.py``; here it is carried out. Pins are references in the block pool. They go under
+pressure before any preemption, and on weight update, pause, reset and shutdown; nothing ever waits for a pin to end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from rollout.scheduling.counters import Counters
+from rollout.scheduling.identity import Identity
+from rollout.scheduling.latency import ToolLatencies
+from rollout.scheduling.metrics import Publisher
+from rollout.scheduling.options import Options
+from rollout.scheduling.pins import Pins
+from rollout.scheduling.policies import Load
+from rollout.scheduling.program_queue import ProgramQueue
+from rollout.scheduling.programs import Marks, Pin, Programs, Turn
+from rollout.scheduling.rebuild import RebuildTime
+
+RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
+RUNNING_STEPS = 64  # steps over which the mean of running requests moves
+SAVE_EVERY = 30.0  # seconds between two copies of the tool latencies
+WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class ProgramMixin(Scheduler):
+    """Over ``Scheduler`` or ``AsyncScheduler``; ``adopt`` completes the construction."""
+
+    def adopt(self, options: Options) -> None:
+        self.clock: Callable[[], float] = time.monotonic
+        self.true_gap: Callable[[Request], float] | None = None  # the simulator's, for ``clairvoyant``
+        self.identity = Identity(self.structured_output_manager, self.hash_block_size, infer=options.infer_programs)
+        self.tool_of: Callable[[Request], str | None] = self.identity.tool_after
+        self.options = options
+        self.rule = options.build()
+        self.latencies = ToolLatencies()
+        if options.latencies is not None:
+            self.latencies.load(options.latencies)
+        self.programs = Programs(self.latencies)
+        self.counters = Counters()
+        self.rebuild = RebuildTime()
+        self.active = False  # a program has appeared
+        pool = self.kv_cache_manager.block_pool
+        self._pool_blocks = pool.num_gpu_blocks - 1  # one is vLLM's null block
+        self.pins = Pins(pool, options.max_pinned * self._pool_blocks, self.counters)
+        self.load = Load(self.rebuild, self.latencies, pool_tokens=self._pool_blocks * self.block_size)
+        self._in_flight: deque[tuple[float, int, int, int]] = deque()  # of each step: start, and what it does
+        self._updated = -math.inf
+        self._saved = -math.inf
+        self._stock_allocate = self.kv_cache_manager.allocate_slots
+        self.publisher = Publisher(
+            self.counters,
+            self.gauges,
+            path=options.metrics_path,
+            port=options.metrics_port,
+            engine=self.parallel_config.data_parallel_index,
+        )
+
+    # ---- vLLM's hooks
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            name = self.identity.program(request)
+            if name is not None and not self.active:
+                self._activate()
+            if self.active:
+                self._arrive(request, name)
+        super().add_request(request)
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is not None:
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            for name in (x[len(RELEASE) :] for x in request_ids if x.startswith(RELEASE)):
+                self.release(name)
+        return super().finish_requests(request_ids, finished_status)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        now = self.load.now = self.programs.clock(self.clock())
+        if self.active:
+            self._prepare(now)
+        output = super().schedule(throttle_prefills)
+        if output.total_num_scheduled_tokens:
+            self._in_flight.append((now, *self._work(output)))
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        now = self.load.now = self.programs.clock(self.clock())
+        if scheduler_output.total_num_scheduled_tokens and self._in_flight:
+            started, *work = self._in_flight.popleft()
+            # With two batches in flight a step lasts from the end of the one before it.
+            self.rebuild.observe(now - max(started, self._updated), *work)
+            self._updated = now
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.publisher.tick(now, idle=not self.requests)
+        if self.options.save_latencies is not None and now >= self._saved + SAVE_EVERY:
+            self.latencies.save(self.options.save_latencies)
+            self._saved = now
+        return outputs
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        self.pins.drop(self.pins, "reset")
+        for program in self.programs:
+            program.marks = ()  # what has to be computed again now is nobody's loss
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        if pause_state != PauseState.UNPAUSED:
+            self.pins.drop(self.pins, "pause")
+        super().set_pause_state(pause_state)
+
+    def shutdown(self) -> None:
+        self.pins.drop(self.pins, "shutdown")
+        if self.options.save_latencies is not None:
+            self.latencies.save(self.options.save_latencies)
+        self.publisher.close()
+        super().shutdown()
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        turn = self.programs.turns.get(request.request_id)
+        if turn is not None and turn.running:
+            self.programs.preempt(turn, self.load.now)
+            self.counters.preemptions += 1
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        turn = self.programs.turns.get(request.request_id)
+        if turn is not None:
+            self._leave(turn, request)
+        else:
+            self.identity.finished(request, None)
+        return super()._free_request(request, delay_free_blocks)
+
+    # ---- programs come and go
+
+    def release(self, name: str) -> None:
+        """The client will not come back: what is kept for the program goes, and with it its history."""
+        program = self.programs.get(name)
+        if program is not None:
+            self.pins.drop(program.pins, "release")
+            self.identity.forget(name)
+            self.programs.forget(program)
+
+    def _activate(self) -> None:
+        """The first program: from here on the policy orders. What is in the engine already is programs of one turn."""
+        self.active = True
+        self.kv_cache_manager.allocate_slots = self._allocate  # type: ignore[method-assign]
+        stock = list(self.waiting)
+        self.waiting = ProgramQueue(self.rule, self.programs.turns, self.policy == SchedulingPolicy.PRIORITY)
+        for request in [*self.running, *self.kv_holding_waiting, *stock]:
+            self._arrive(request, None)
+            if request.status == RequestStatus.RUNNING:
+                self.programs.admit(self.programs.turns[request.request_id], self.load.now)
+        self.waiting.prepend_requests(stock)
+
+    def _arrive(self, request: Request, name: str | None) -> None:
+        now = self.programs.clock(self.clock())
+        before = len(self.programs)
+        tool = self.identity.tool_before(request)
+        turn = self.programs.arrive(request.request_id, name, request.num_tokens, now, tool)
+        turn.priority, turn.last = request.priority, self.identity.last_turn(request)
+        if name is not None:
+            self.counters.programs += len(self.programs) > before
+            self.counters.turns += 1
+        if self.policy == SchedulingPolicy.PRIORITY:
+            request.arrival_time = turn.job.arrived  # vLLM preempts the last by (priority, arrival)
+        self._claim(turn, request)
+        self.rule.arrived(turn)
+
+    def _claim(self, turn: Turn, request: Request) -> None:
+        """Find the KV that was kept for this turn, and how much of its prompt was computed before."""
+        program = turn.program
+        shared = {pin: self._held_tokens(request, pin.marks) for pin in program.pins}
+        claim = max(shared, key=shared.__getitem__, default=None)
+        if claim is not None and shared[claim]:
+            turn.claim = claim
+        elif program.live == 1:  # no sub-agent beside it: its prefix has shrunk (compaction), what was kept is dead
+            self.pins.drop(program.pins, "compaction")
+        turn.known = self._held_tokens(request, program.marks)
+
+    def _held_tokens(self, request: Request, marks: Marks) -> int:
+        """The longest of these ends that the request's prompt contains, in tokens."""
+        size, hashes = self.hash_block_size, request.block_hashes
+        return max((n for n, end in marks if n // size <= len(hashes) and hashes[n // size - 1] == end), default=0)
+
+    def _leave(self, turn: Turn, request: Request) -> None:
+        now = self.load.now = self.programs.clock(self.clock())
+        program, job = turn.program, turn.job
+        aborted = request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
+        if aborted and self.identity.stopped_by_string(request):
+            aborted = False
+            self.counters.string_stops += not program.anonymous
+        tool = None if aborted or turn.last else self.tool_of(request)
+        computed = turn.running and request.num_computed_tokens > 0
+        self.programs.finish(turn, now, tool=tool, aborted=aborted)
+        name = self.identity.finished(request, None if program.anonymous else program.id)
+        if program.anonymous:
+            if name is None or tool is None:
+                self.programs.forget(program)
+                return
+            self.programs.rename(
+                program, name
+            )  # a call by a request that named no program: its next turn will extend it
+        self.counters.aborts += aborted
+        if aborted or turn.last:
+            if not program.live:
+                self.pins.drop(program.pins, "abort" if aborted else "release")
+        elif computed:
+            self._keep(turn, request, tool)
+        if program.job_ended:
+            self.counters.jobs += 1
+            self.rule.ended(job)
+            self.publisher.record(job.record(program.id, now), now)
+        if turn.last and not program.live:
+            self.programs.forget(program)
+
+    def _keep(self, turn: Turn, request: Request, tool: str | None) -> None:
+        """Mark how far the turn was computed and, if the policy says so, pin its blocks."""
+        program, size, load = turn.program, self.hash_block_size, self.load
+        tokens = self.kv_cache_manager.estimate_cached_tokens(request)
+        ends = {tokens // size, min(tokens, request.num_prompt_tokens) // size}
+        program.marks = marks = tuple((n * size, request.block_hashes[n - 1]) for n in sorted(ends) if n)
+        if not self.rule.pins or not marks:
+            return
+        load.waiting = len(self.waiting)
+        seconds = self.rule.hold(turn, tool, tokens, load)
+        if seconds <= 0:
+            return
+        groups = self.kv_cache_manager.get_blocks(request.request_id).blocks
+        blocks = self.pins.usable(groups)
+        fresh = self.pins.fresh(blocks)
+        shared = tokens - tokens * fresh // max(len(blocks), 1)
+        pin = Pin(program, blocks, marks, tokens, fresh, self.rebuild(tokens - shared, shared), load.now)
+        pin.deadline = load.now + seconds
+        if self.true_gap is not None:
+            pin.returns = load.now + self.true_gap(request)
+        older = [p for p in program.pins if self._held_tokens(request, p.marks)]  # of the same branch
+        if self.pins.add(pin):
+            for one in older:
+                self.pins.remove(one)
+
+    # ---- one step
+
+    def _prepare(self, now: float) -> None:
+        """Bring order and load up to date before vLLM's loop reads them."""
+        load, turns = self.load, self.programs.turns
+        self.pins.expire(now)
+        load.waiting = len(self.waiting)
+        if self.running:
+            load.running += (len(self.running) - load.running) / RUNNING_STEPS
+        if self.rule.promote(load) or self.pins.changed:
+            self.waiting.sort()  # who waited for a pin that went is resident no more
+            self.pins.changed = False
+        # vLLM preempts the last of the running (FCFS): the youngest job.
+        self.running.sort(key=lambda request: turns[request.request_id].job.arrived)
+
+    def _allocate(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
+        """vLLM's ``allocate_slots``; where it fails, pins go first, as far as the policy lets them."""
+        blocks = self._stock_allocate(request, num_new_tokens, **kwargs)
+        if blocks is not None and request.status == RequestStatus.RUNNING:
+            return blocks
+        turn = self.programs.turns[request.request_id]
+        if blocks is None and self.pins:
+            blocks = self._release_for(turn, request, num_new_tokens, kwargs)
+        if blocks is not None and not turn.running and request.status in WAITING:
+            self._admitted(turn, request, kwargs.get("num_new_computed_tokens", 0))
+        return blocks
+
+    def _release_for(self, turn: Turn, request: Request, tokens: int, kwargs: dict[str, Any]) -> KVCacheBlocks | None:
+        """Release pins in the policy's order until the allocation succeeds; none at all if all of them are too few."""
+        load = self.load
+        load.idle = not self.running
+        load.youngest = max((self.programs.turns[r.request_id].job.arrived for r in self.running), default=-math.inf)
+        load.context = sum(r.num_computed_tokens for r in self.running)
+        victims = list(self.rule.victims(turn, turn.running, [p for p in self.pins if p is not turn.claim], load))
+        if not turn.running and not load.idle:
+            hits = kwargs.get("num_new_computed_tokens", 0)
+            missing = (
+                -(-(request.num_tokens - hits) // self.block_size)
+                - self.kv_cache_manager.block_pool.get_num_free_blocks()
+            )
+            if sum(pin.fresh for pin in victims) < missing:
+                return None
+        for pin in victims:
+            self.pins.remove(pin)
+            self.counters.pressure_releases += 1
+            blocks = self._stock_allocate(request, tokens, **kwargs)
+            if blocks is not None:
+                return blocks
+        return None
+
+    def _admitted(self, turn: Turn, request: Request, hits: int) -> None:
+        resumed = turn.admitted is not None
+        waited = self.programs.admit(turn, self.load.now)
+        if not resumed:
+            lost = max(min(turn.known, request.num_prompt_tokens - 1) - hits, 0)
+            turn.job.recomputed += lost
+            self.counters.tokens_recomputed += lost
+            self.rule.started(turn, waited, lost)
+        if turn.claim is not None:
+            pin, turn.claim = turn.claim, None
+            if pin in self.pins:
+                self.pins.remove(pin)
+                self.counters.claims += 1
+                self.counters.tokens_reused += hits
+                turn.job.reused += hits
+
+    def _work(self, output: SchedulerOutput) -> tuple[int, int, int]:
+        """(prefill tokens, Σ prefill tokens × context, decoding requests) of a step."""
+        scheduled = output.num_scheduled_tokens
+        if output.total_num_scheduled_tokens == len(scheduled):
+            return 0, 0, len(scheduled)
+        prefill = [(n, self.requests[rid].num_computed_tokens) for rid, n in scheduled.items() if n > 1]
+        tokens = sum(n for n, _ in prefill)
+        return tokens, sum(n * (done - n // 2) for n, done in prefill), len(scheduled) - len(prefill)
+
+    def gauges(self) -> dict[str, float | None]:
+        """What the metrics show of this moment."""
+        pins, blocks = self.pins.count(self.load.now)
+        states = self.programs.states() if self.active else (0, 0, 0)
+        return {
+            "pins_now": pins,
+            "pinned_blocks": blocks,
+            "pinned_tokens": blocks * self.block_size,
+            "pool_blocks": self._pool_blocks,
+            "programs_waiting": states[0],
+            "programs_running": states[1],
+            "programs_in_tool": states[2],
+            "mean_running": self.load.running,
+            "rebuild_seconds_per_1k_tokens": self.rebuild(1000) if self.rebuild.settled else None,
+        }

@@ -1,0 +1,241 @@
+"""Programs, jobs and turns: what a scheduler knows of the sessions that it serves. Pure.
+
+A *program* is a session: the key under which KV cache is kept. A *job* runs from a user's message to the final
+answer: it is what ordering is fair to, so that a session opened this morning does not outrank everyone for ever. A
+*turn* is one request. Stated rules:
+
+- A turn that called no tool ends its job: what follows is a person's pause. A client that names the tool of the coming
+  turn (``tool``) overrides that when the turn arrives: the job goes on.
+- Turns of one program may overlap (sub-agents): they share its job, and the gap begins when the last of them ends.
+- A client's abort ends the job. An abort that follows a stop string is a finished turn.
+- A clock that steps back counts as one that stands still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.scheduling.counters import JobRecord
+from rollout.scheduling.latency import PERSON, ToolLatencies
+
+MOST_PROGRAMS = 65_536  # idle programs remembered beyond this many are forgotten, oldest first
+
+
+Marks = tuple[tuple[int, Any], ...]  # (tokens, hash of the block that ends there): ends of a turn and of its prompt
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """User message → final answer. Seconds are the scheduler's clock."""
+
+    number: int
+    arrived: float
+    turns: int = 0
+    gaps: float = 0.0
+    waited: float = 0.0
+    reused: int = 0
+    recomputed: int = 0
+    preempted: int = 0
+    tokens: int = 0  # of its longest turn
+
+    def record(self, program: str, now: float) -> JobRecord:
+        """The job as it ended, for the metrics."""
+        return JobRecord(
+            program, self.number, self.turns, self.arrived, now, self.gaps, self.waited,
+            self.tokens, self.reused, self.recomputed, self.preempted,
+        )  # fmt: skip
+
+
+@dataclass(eq=False, slots=True)
+class Pin:
+    """KV blocks of a finished turn, kept for the next one. ``blocks`` belong to the plug-in; ``tokens`` would hit."""
+
+    program: Program
+    blocks: list[Any]
+    marks: Marks
+    tokens: int
+    fresh: int  # blocks that no other pin held when it was made: siblings' common prefix is charged once
+    rebuild: float  # seconds that computing those again would take
+    since: float
+    deadline: float = math.inf
+    returns: float = math.inf  # when the next turn truly comes; known to the simulator alone
+
+    @property
+    def returning(self) -> bool:
+        """Whether a turn of its program already waits."""
+        return self.program.waiting > 0
+
+    @property
+    def arrived(self) -> float:
+        """Age of the claim: of the job in progress; a job that a person has yet to start is younger than all."""
+        return math.inf if self.program.job_ended else self.program.job.arrived
+
+
+@dataclass(eq=False, slots=True)
+class Program:
+    """One session: its job in progress (or last), its turns in the engine, the KV kept for it."""
+
+    id: str
+    job: Job
+    anonymous: bool = False  # a request that named no program: a program of one turn
+    turns: int = 0
+    waiting: int = 0
+    running: int = 0
+    served: float = 0.0  # seconds for which its turns ran (least attained service)
+    seen: float = 0.0  # last sign of life
+    tool: str | None = None  # what the last turn called; PERSON for none
+    job_ended: bool = False
+    marks: Marks = ()  # of its last turn: what a later prompt that holds them had computed before
+    pins: list[Pin] = field(default_factory=list)
+
+    @property
+    def live(self) -> int:
+        return self.waiting + self.running
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """One request. ``tokens`` is its length at arrival; ``order`` breaks ties by arrival, as a queue does."""
+
+    request_id: str
+    program: Program
+    job: Job
+    arrived: float
+    tokens: int
+    order: int
+    first: bool  # of its job: nothing of it was served yet
+    priority: int = 0
+    express: bool = False
+    last: bool = False
+    running: bool = False
+    admitted: float | None = None  # when it last began to run
+    known: int = 0  # tokens of its prompt that the program had computed before
+    claim: Pin | None = None  # the KV kept for it
+    finished: bool = False
+
+    @property
+    def resident(self) -> bool:
+        return self.claim is not None
+
+
+class Programs:
+    """All programs in memory. Every method takes ``now`` in seconds of one clock."""
+
+    def __init__(self, latencies: ToolLatencies) -> None:
+        self.latencies = latencies
+        self.turns: dict[str, Turn] = {}
+        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._now = -math.inf
+        self._arrivals = 0
+        self._jobs = 0
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def __iter__(self) -> Iterator[Program]:
+        return iter(self._programs.values())
+
+    def get(self, program_id: str) -> Program | None:
+        return self._programs.get(program_id)
+
+    def clock(self, now: float) -> float:
+        """``now``, never before what was seen already."""
+        self._now = max(self._now, now)
+        return self._now
+
+    def arrive(self, request_id: str, program_id: str | None, tokens: int, now: float, tool: str | None = None) -> Turn:
+        """A request came. ``program_id=None``: a program of its own. ``tool``: what its prompt brings the result of."""
+        now = self.clock(now)
+        self._arrivals += 1
+        key = program_id if program_id is not None else f"\0{request_id}"  # no client can send this name
+        program = self._programs.get(key)
+        if program is None:
+            program = Program(key, self._job(now), anonymous=program_id is None)
+            self._programs[key] = program
+        elif not program.live:
+            self._close_gap(program, now, tool)
+        self._programs.move_to_end(key)
+        job = program.job
+        turn = Turn(request_id, program, job, now, tokens, self._arrivals, first=job.turns == 0)
+        job.turns += 1
+        job.tokens = max(job.tokens, tokens)
+        program.turns += 1
+        program.waiting += 1
+        program.seen = now
+        self.turns[request_id] = turn
+        self._forget()
+        return turn
+
+    def admit(self, turn: Turn, now: float) -> float:
+        """The engine took the turn up; returns the seconds it waited since it arrived or was preempted."""
+        now = self.clock(now)
+        waited = now - turn.arrived if turn.admitted is None else 0.0
+        turn.admitted, turn.running = now, True
+        turn.job.waited += waited
+        turn.program.waiting -= 1
+        turn.program.running += 1
+        return waited
+
+    def preempt(self, turn: Turn, now: float) -> None:
+        now = self.clock(now)
+        turn.running = False
+        turn.program.served += now - (turn.admitted or now)
+        turn.program.running -= 1
+        turn.program.waiting += 1
+        turn.job.preempted += 1
+
+    def finish(self, turn: Turn, now: float, *, tool: str | None, aborted: bool) -> None:
+        """A turn left the engine. ``tool`` is what it called; with None the job is over."""
+        now = self.clock(now)
+        program = turn.program
+        del self.turns[turn.request_id]
+        turn.finished = True
+        if turn.running:
+            program.running -= 1
+            program.served += now - (turn.admitted or now)
+        else:
+            program.waiting -= 1
+        program.seen = now
+        program.tool = tool or PERSON
+        program.job_ended = (tool is None or turn.last or aborted) and not program.live
+
+    def forget(self, program: Program) -> None:
+        """Drop a program that is gone; one with turns in the engine stays until they end."""
+        if not program.live:
+            self._programs.pop(program.id, None)
+
+    def rename(self, program: Program, name: str) -> None:
+        """A program of one turn turns out to go on: it gets a name."""
+        del self._programs[program.id]
+        program.id, program.anonymous = name, False
+        self._programs[name] = program
+
+    def states(self) -> tuple[int, int, int]:
+        """How many programs have a turn waiting, a turn running, and neither though their job goes on."""
+        waiting = sum(p.waiting > 0 for p in self)
+        running = sum(p.running > 0 for p in self)
+        return waiting, running, sum(not p.live and not p.job_ended for p in self)
+
+    def _job(self, now: float) -> Job:
+        self._jobs += 1
+        return Job(self._jobs, now)
+
+    def _close_gap(self, program: Program, now: float, tool: str | None) -> None:
+        gap = now - program.seen
+        self.latencies.observe(tool or program.tool or PERSON, gap)
+        if program.job_ended and tool is None:
+            program.job = self._job(now)
+        else:
+            program.job.gaps += gap
+        program.job_ended = False
+
+    def _forget(self) -> None:
+        while len(self._programs) > MOST_PROGRAMS:
+            oldest = next((p for p in self._programs.values() if not p.live and not p.pins), None)
+            if oldest is None:
+                return
+            del self._programs[oldest.id]

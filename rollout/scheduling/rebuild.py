@@ -1,0 +1,49 @@
+"""Seconds that computing lost KV again takes, learnt online by regression over engine steps. Pure."""
+
+from __future__ import annotations
+
+# One step's seconds ≈ w · (1, prefill tokens / 1e3, prefill tokens × context / 1e6, decoding requests / 1e2).
+SCALES = (1.0, 1e-3, 1e-6, 1e-2)
+FORGET = 0.999  # a step's weight halves after about 700 regressed steps: the fit follows drifting batches
+PRIOR = (0.0, 0.1, 0.0, 0.0)  # before anything was seen: 0.1 ms a token
+CLIP = 5.0  # a step this many times slower than predicted (compilation, a paused process) counts as this much only
+SETTLED = 20  # regressed steps after which predictions are trusted enough to clip by
+DECODE_STEPS = 16  # of the steps without prefill one in so many is regressed: they are all alike
+
+
+class RebuildTime:
+    """Recursive least squares of step seconds on what the step did; ``rebuild(n)`` reads off the share of n tokens."""
+
+    def __init__(self) -> None:
+        self._w = list(PRIOR)
+        self._p = [[100.0 * (i == j) for j in range(4)] for i in range(4)]
+        self._steps = 0
+        self._skipped = 0
+
+    def observe(self, seconds: float, prefill: int, prefill_context: int, decoding: int) -> None:
+        """One step took ``seconds`` for ``prefill`` tokens, Σ tokens × context of them, and ``decoding`` requests."""
+        if prefill == 0:
+            self._skipped += 1
+            if self._skipped % DECODE_STEPS:
+                return
+        x = [a * b for a, b in zip((1.0, prefill, prefill_context, decoding), SCALES, strict=True)]
+        predicted = sum(a * b for a, b in zip(self._w, x, strict=True))
+        if self.settled and predicted > 0:
+            seconds = min(seconds, CLIP * predicted)
+        px = [sum(row[j] * x[j] for j in range(4)) for row in self._p]
+        scale = FORGET + sum(a * b for a, b in zip(x, px, strict=True))
+        error = seconds - predicted
+        self._w = [w + error * k / scale for w, k in zip(self._w, px, strict=True)]
+        # A direction that is never excited would grow without bound as the others are forgotten: cap it.
+        self._p = [[min((self._p[i][j] - px[i] * px[j] / scale) / FORGET, 1e4) for j in range(4)] for i in range(4)]
+        self._steps += 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether enough steps were seen to believe it."""
+        return self._steps >= SETTLED
+
+    def __call__(self, tokens: int, cached: int = 0) -> float:
+        """Seconds of engine time to prefill ``tokens`` tokens after ``cached`` ones that hit; never negative."""
+        context = tokens * (cached + tokens / 2)
+        return max(self._w[1], 0.0) * tokens * SCALES[1] + max(self._w[2], 0.0) * context * SCALES[2]
