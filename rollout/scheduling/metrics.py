@@ -121,7 +121,8 @@ class Publisher:
 
     Publishes once when made (so ``gauges`` must work by then), then by ``tick``. Raises UserError if a route is closed
     from the start; a file that cannot be written later costs one warning, never the engine. With neither path nor port
-    ``snapshot`` still holds the numbers. ``engine``: its data-parallel index, which is added to the port.
+    ticks do nothing. ``every``: seconds at least between two snapshots. ``engine``: its data-parallel index, which is
+    added to the port.
     """
 
     def __init__(
@@ -135,12 +136,13 @@ class Publisher:
         engine: int = 0,
     ) -> None:
         if not every > 0:
-            raise UserError(f"metrics_every: {every} is no number of seconds; give one above 0")
+            raise ValueError(f"every={every} is no number of seconds above 0")
         self._counters, self._gauges, self._every, self._engine = counters, gauges, every, engine
         self._path = None if path is None else engine_path(Path(path).absolute(), engine)
         if self._path is not None and self._path.is_dir():
             raise UserError(f"metrics_path: {path} is a folder; give a file in it")
-        self._due = -math.inf
+        self._routed = path is not None or port is not None
+        self._due = -math.inf if self._routed else math.inf
         self._records: list[str] = []
         self._failing = False
         self.snapshot = take(counters, gauges(), engine)
@@ -160,7 +162,7 @@ class Publisher:
 
         The engine sleeps after an idle step, so what has changed by then is published at once, due or not.
         """
-        if now < self._due and not idle:
+        if now < self._due and not (idle and self._routed):
             return
         snapshot = take(self._counters, self._gauges(), self._engine)
         if now < self._due and snapshot.numbers == self.snapshot.numbers and not self._records:

@@ -136,6 +136,16 @@ def test_the_last_numbers_before_the_engine_sleeps_are_published_at_once(tmp_pat
     assert read_snapshot(tmp_path / "s.json") == on_disk
 
 
+def test_without_a_route_nothing_is_read() -> None:
+    scheduler = Scheduler()
+    publisher = scheduler.publisher()
+    scheduler.asked = 0
+    for now in (1.0, 1e6):
+        publisher.tick(now)
+        publisher.tick(now, idle=True)
+    assert scheduler.asked == 0
+
+
 def test_a_reader_never_sees_half_a_snapshot(tmp_path: Path) -> None:
     scheduler = Scheduler()
     path = tmp_path / "s.json"
@@ -224,7 +234,7 @@ def test_a_path_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -
     with pytest.raises(UserError, match="is a folder"):
         Scheduler().publisher(path=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"^metrics_every: 0"):
+    with pytest.raises(ValueError, match="every=0 is no number"):
         Scheduler().publisher(every=0)
 
 
