@@ -16,8 +16,15 @@ SHORTEST = 1e-3  # s; a log axis has no zero
 COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", ":")
 OURS, STOCK = "turnstile", "fcfs"  # look the same in every picture
-State = Literal["running", "waiting", "tool", "pinned"]
-STATES: dict[State, str] = {"running": BLUE, "waiting": ORANGE, "tool": "#d9dde3", "pinned": "#222222"}
+State = Literal["running", "waiting", "tool", "person", "pinned"]
+STATES: dict[State, str] = {
+    "running": BLUE,
+    "waiting": ORANGE,
+    "tool": "#d3d8df",
+    "person": "#f4ead2",
+    "pinned": "#222222",
+}
+WORDS = {"person": "person's pause", "pinned": "KV cache pinned"}
 SMALL = {"fontsize": 8, "color": "#555555", "va": "center"}
 
 
@@ -61,15 +68,15 @@ def timeline(path: Path, panels: Mapping[str, Sequence[Interval]], title: str = 
     figure, axes = _rows(len(panels), 0.6 + tall * len(panels))
     for axis, (policy, intervals) in zip(axes, panels.items(), strict=True):
         bars: dict[tuple[int, State], list[tuple[float, float]]] = defaultdict(list)
-        for program, state, start, end in intervals:
-            bars[program, state].append((start, end - start))
+        for i in intervals:
+            bars[i.program, i.state].append((i.start, i.end - i.start))
         for (program, state), spans in bars.items():
             low, height, order = (0.12, 0.24, 3) if state == "pinned" else (0.43, 0.86, 2)
             axis.broken_barh(spans, (program - low, height), color=STATES[state], linewidth=0, zorder=order)
         end = max(interval.end for interval in intervals)
         axis.axvline(end, color=GREY, linewidth=1, linestyle="--", zorder=1)
         axis.set_title(policy, loc="left", fontsize=9, fontweight="bold")
-        told = f"{waiting_share(intervals):.0%} of program time is waiting · all done after {end:,.0f} s"
+        told = f"{waiting_share(intervals):.0%} of job time is waiting · all done after {end:,.0f} s"
         axis.set_title(told, loc="right", fontsize=8, color=SMALL["color"])
         axis.set(ylabel="program", ylim=(programs - 0.4, -0.6), xlim=(0, last * 1.01), yticks=[])
     for axis in axes[:-1]:
@@ -81,12 +88,11 @@ def timeline(path: Path, panels: Mapping[str, Sequence[Interval]], title: str = 
 
 
 def waiting_share(intervals: Iterable[Interval]) -> float:
-    """Seconds of waiting over seconds in any state; pins lie over other states and do not count. 0 for no time."""
+    """Seconds of waiting over seconds in jobs: a person's pauses do not count, nor do pins. 0 for no time at all."""
     seconds: dict[State, float] = defaultdict(float)
-    for _, state, start, end in intervals:
-        if state != "pinned":
-            seconds[state] += end - start
-    total = sum(seconds.values())
+    for interval in intervals:
+        seconds[interval.state] += interval.end - interval.start
+    total = seconds["waiting"] + seconds["running"] + seconds["tool"]
     return seconds["waiting"] / total if total else 0.0
 
 
@@ -154,11 +160,10 @@ def _timeline_legend(figure: Any, states: set[State]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    words = {"pinned": "KV cache pinned"}
     shown = [
-        Line2D([], [], color=STATES[state], linewidth=2, label=words.get(state, state))
+        Line2D([], [], color=STATES[state], linewidth=2, label=WORDS.get(state, state))
         if state == "pinned"
-        else Patch(color=STATES[state], label=words.get(state, state))
+        else Patch(color=STATES[state], label=WORDS.get(state, state))
         for state in STATES
         if state in states
     ]

@@ -40,8 +40,8 @@ def test_timeline_tells_waiting_and_end_of_each_panel(tmp_path: Path) -> None:
     calm = [Interval(1, "running", 0, 2), Interval(1, "tool", 2, 4), Interval(1, "pinned", 2, 4)]
     timeline(tmp_path / "t.svg", {"fcfs": HALF_WAITING, "turnstile": calm}, "Programs")
     shown = words(tmp_path / "t.svg")
-    assert "50% of program time is waiting · all done after 8 s" in shown
-    assert "0% of program time is waiting · all done after 4 s" in shown
+    assert "50% of job time is waiting · all done after 8 s" in shown
+    assert "0% of job time is waiting · all done after 4 s" in shown
     assert {"fcfs", "turnstile", "running", "waiting", "tool", "KV cache pinned"} <= set(shown)
 
 
@@ -50,8 +50,9 @@ def test_states_that_do_not_occur_are_not_explained(tmp_path: Path) -> None:
     assert "KV cache pinned" not in words(tmp_path / "t.svg")
 
 
-def test_pins_lie_over_other_states_and_are_no_time_of_their_own() -> None:
-    assert waiting_share([*HALF_WAITING, Interval(0, "pinned", 5, 8)]) == waiting_share(HALF_WAITING) == 0.5
+def test_pins_and_a_persons_pauses_are_no_time_of_jobs() -> None:
+    assert waiting_share(HALF_WAITING) == 0.5
+    assert waiting_share([*HALF_WAITING, Interval(0, "pinned", 5, 8), Interval(0, "person", 8, 99)]) == 0.5
     assert waiting_share([]) == 0.0
 
 
