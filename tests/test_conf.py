@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from rollout import config as rollout_config
 from rollout.hydra import conf_dir
+from rollout.scheduling import config as scheduling_config
 from serving import config as serving_config
 from training import config as training_config
 
@@ -19,7 +20,7 @@ ROOTS = sorted(file.stem for file in CONF.glob("*.yaml"))
 # Which root a group belongs to is read from the root's own defaults: a group that none names has no reader.
 GROUPS = {root: re.findall(r"^  - (\w+):", (CONF / f"{root}.yaml").read_text(), re.M) for root in ROOTS}
 MEMBERS = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.glob("*/*.yaml"))
-COMMANDS = ["training", "rollout.evaluate", "serving"]
+COMMANDS = ["training", "rollout.evaluate", "serving", "rollout.scheduling.simulator"]
 # What only the user can say: a path of the data, of the model, of the checkpoint
 GIVEN = {
     "task/gsm8k": ["task.path=x"],
@@ -33,6 +34,7 @@ GIVEN = {
 @pytest.fixture(scope="module", autouse=True)
 def schemas():
     rollout_config.register()
+    scheduling_config.register()
     serving_config.register()
     training_config.register()
 
@@ -109,6 +111,12 @@ def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, argu
         ("rollout.evaluate", ["task=gsm8k", "checkpoint=x"], r"error: task\.path: required and not given.*"),
         ("serving", ["checkpoint=x", "port=http"], r"error: port: .*'http'.*"),
         ("serving", [], r"error: checkpoint: required and not given; add checkpoint=.*"),
+        ("rollout.scheduling.simulator", ["workload=sessions"], r"error: trace: .* add trace=FILE"),
+        ("rollout.scheduling.simulator", ["trace=no.jsonl"], r"error: trace: no\.jsonl: no such file; .*"),
+        ("rollout.scheduling.simulator", ["workload=chats"], r"error: workload=chats: no such choice.*"),
+        ("rollout.scheduling.simulator", ["hardware.peak=0"], r"error: hardware\.peak: 0\.0 must be .*"),
+        ("rollout.scheduling.simulator", ["workload.concurrency=4"], r"error: workload: give rate .* or concurrency.*"),
+        ("rollout.scheduling.simulator", ["scheduler.cls=no.such"], r"error: scheduler\.cls: no\.such: .*"),
     ],
 )  # fmt: skip
 def test_bad_configuration_is_one_line_and_exit_code_2(module, arguments, line, tmp_path):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rollout.scheduling.plots import Interval
+
 
 @dataclass(slots=True)
 class Job:
@@ -29,16 +31,6 @@ class Job:
     def delay(self) -> float:
         """Job time less its gaps: what the engine is answerable for."""
         return self.time - self.gaps
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A stretch of a program's life, for a timeline: waiting · running · tool · person, and pinned beside them."""
-
-    program: int
-    state: str
-    start: float
-    end: float
 
 
 @dataclass

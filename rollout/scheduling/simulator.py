@@ -6,26 +6,27 @@ takes what the cost model says.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
+import json
+import os
+import platform
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from rollout.errors import EngineDied, UserError
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from rollout.errors import UserError
+from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
+from rollout.scheduling import config
 from rollout.scheduling.costs import Cost
-from rollout.scheduling.results import Interval, Job, Result
-from rollout.scheduling.workloads import Session, Workload
+from rollout.scheduling.results import Result
+from rollout.scheduling.workloads import Workload, generate
 
-if TYPE_CHECKING:
-    from rollout.scheduling.virtual_engine import Context, InFlight
-
-POLL = 0.01  # seconds between two looks at a scheduler that has requests but schedules none
-
-
-class Deadlock(EngineDied):
-    """Requests wait, none runs, and no client will do anything that could change it."""
+config.register()
 
 
 def simulate(
@@ -44,7 +45,7 @@ def simulate(
     offload_tokens: int = 0,
     record: bool = False,
 ) -> Result:
-    """Play a workload through a scheduler and give what happened.
+    """Play a workload through a scheduler and give what happened. The same arguments give the same result.
 
     Args:
         hardware: what a step costs.
@@ -61,10 +62,16 @@ def simulate(
         record: keep the intervals of a timeline.
 
     Raises:
-        UserError: a pool that cannot hold the longest session. Deadlock: the scheduler stopped for ever.
+        UserError: sizes that cannot be. rollout.scheduling.clients.Deadlock: the scheduler stopped for ever.
     """
+    from rollout.scheduling.clients import Simulation
     from rollout.scheduling.virtual_engine import VirtualEngine, build_scheduler
 
+    if max_num_batched_tokens < scale * max_num_seqs:
+        raise UserError(
+            f"max_num_batched_tokens: {max_num_batched_tokens} at scale {scale} cannot decode max_num_seqs="
+            f"{max_num_seqs} requests at once; lower scale or max_num_seqs"
+        )
     block = scale * block_size
     longest = max(session.tokens for session in workload.sessions)
     if pool_tokens is None:
@@ -78,7 +85,7 @@ def simulate(
         num_blocks=-(-pool_tokens // block) + 1,  # one is vLLM's null block
         block_size=block_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(max_num_batched_tokens // scale, max_num_seqs),
+        max_num_batched_tokens=max_num_batched_tokens // scale,
         options=options,
         offload_blocks=offload_tokens // block,
     )
@@ -86,181 +93,97 @@ def simulate(
     return Simulation(workload, engine, hints=hints, names=names, record=record).run()
 
 
-class Program:
-    """One session as it plays."""
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="simulator")
+@guarded
+def run(composed: DictConfig) -> float:
+    """Simulate, write ``result.json`` (and ``timeline.png``), print a table and one JSON line; gives mean job time."""
+    cfg: config.SimulatorConfig = to_object(composed)
+    cfg.check()
+    if find_spec("vllm") is None:
+        raise UserError("the simulator runs vLLM's own scheduler, and vllm is not installed; pip install vllm")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # advice on kernels of a model that is not there
+    started = time.monotonic()
+    workload = read_workload(cfg)
+    result = simulate(
+        workload,
+        hardware=cfg.hardware,
+        pool_tokens=cfg.pool_tokens,
+        scheduler=load(cfg.scheduler.cls) if cfg.scheduler.cls else None,
+        options=dict(cfg.scheduler.options),
+        scale=cfg.scale,
+        block_size=cfg.block_size,
+        max_num_seqs=cfg.max_num_seqs,
+        max_num_batched_tokens=cfg.max_num_batched_tokens,
+        hints=cfg.hints,
+        names=cfg.names,
+        offload_tokens=cfg.offload_tokens,
+        record=cfg.timeline,
+    )
+    directory = run_dir()
+    if cfg.timeline:
+        from rollout.scheduling.plots import timeline
 
-    __slots__ = ("context", "index", "job", "session", "since", "state", "turn")
+        timeline(directory / "timeline.png", {str(cfg.scheduler.cls or "stock"): result.intervals}, workload.name)
+    OmegaConf.save(composed, directory / "config.yaml", resolve=True)
+    figures = result.figures()
+    record = {
+        "benchmark": "simulator",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores; the clock is virtual",
+        "seconds": round(time.monotonic() - started, 1),
+        "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},
+        "bars": [],
+    }
+    (directory / "result.json").write_text(json.dumps(record, indent=1))
+    show(f"{workload.name}, scheduler {cfg.scheduler.cls or 'stock'}", figures)
+    print(json.dumps(record), flush=True)
+    return figures["mean_job_time"]
 
-    def __init__(self, index: int, session: Session, context: Context) -> None:
-        self.index, self.session, self.context = index, session, context
-        self.turn = -1
-        self.job: Job | None = None
-        self.state, self.since = "waiting", 0.0
 
-    @property
-    def last(self) -> bool:
-        return self.turn + 1 == len(self.session.turns)
+def read_workload(cfg: config.SimulatorConfig) -> Workload:
+    """The recorded trace if there is one, else what the generator makes."""
+    w = cfg.workload
+    common = {"programs": w.programs, "rate": w.rate, "concurrency": w.concurrency, "seed": w.seed, "tokens": w.tokens}
+    if cfg.trace is not None:
+        from rollout.scheduling.traces import read_trace
+
+        return read_trace(Path(cfg.trace), longest_gap=w.longest_gap, **common)  # type: ignore[arg-type]
+    if w.name == "trace":
+        raise UserError("trace: workload=sessions needs recorded sessions; add trace=FILE")
+    return generate(
+        w.name,
+        system_tokens=w.system_tokens,
+        group_size=w.group_size,
+        chat_rate=w.chat_rate,
+        **common,  # type: ignore[arg-type]
+    )
 
 
-class Simulation:
-    """Clients of one engine: each session sends its next turn when its gap is over."""
+def load(name: str) -> Callable[..., Any]:
+    """A scheduler class or factory by its dotted name."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"scheduler.cls: {name}: {error}; give the dotted name of a class or factory") from None
 
-    def __init__(self, workload: Workload, engine: Any, *, hints: bool, names: bool, record: bool) -> None:
-        self.workload, self.engine = workload, engine
-        self.hints, self.names, self.record = hints, names, record
-        self.jobs: list[Job] = []
-        self.intervals: list[Interval] = []
-        self.preemptions = 0
-        self.stalled = 0.0
-        self._events: list[tuple[float, int, Program]] = []
-        self._order = itertools.count()
-        self._backlog: list[Program] = []  # of a closed loop, last first
-        self._pinned: dict[str, float] = {}
-        scheduler = engine.scheduler
-        if hasattr(scheduler, "tool_of"):
-            scheduler.tool_of = lambda request: self._turn(request).tool
-        if hasattr(scheduler, "true_gap"):
-            scheduler.true_gap = self._true_gap
 
-    def run(self) -> Result:
-        """Play to the end."""
-        started = time.perf_counter()
-        engine, events = self.engine, self._events
-        self._open()
-        while events or engine.live:
-            while events and events[0][0] <= engine.now:
-                self._ask(heapq.heappop(events)[2])
-            if not engine.live:
-                engine.now = events[0][0]
-                continue
-            before = engine.now
-            notable = engine.step()
-            if notable is None:
-                self._stall()
-                continue
-            if self.record:
-                self._note(before)
-            for entry in notable:
-                self._answered(entry)
-        scale = engine.scale
-        return Result(
-            jobs=self.jobs,
-            makespan=engine.now,
-            steps=engine.steps,
-            prefill_tokens=engine.prefilled * scale,
-            recomputed_tokens=engine.recomputed * scale,
-            loaded_tokens=engine.loaded * scale,
-            preemptions=self.preemptions,
-            mean_running=engine.running_seconds / engine.busy,
-            stalled=self.stalled,
-            wall=time.perf_counter() - started,
-            intervals=self.intervals,
-            scheduler=engine.scheduler,
-        )
+def show(title: str, figures: dict[str, float]) -> None:
+    """The table for people."""
+    from rich.table import Table
 
-    def _open(self) -> None:
-        for index, session in enumerate(self.workload.sessions):
-            prefix = [(name, round(tokens / self.engine.scale)) for name, tokens in session.prefix]
-            program = Program(index, session, self.engine.context(prefix))
-            if session.arrival is not None:
-                self._at(session.arrival, program)
-            else:
-                self._backlog.insert(0, program)
-        for _ in range(min(self.workload.concurrency or 0, len(self._backlog))):
-            self._at(0.0, self._backlog.pop())
+    from rollout.display import console
 
-    def _at(self, second: float, program: Program) -> None:
-        heapq.heappush(self._events, (second, next(self._order), program))
+    table = Table(title=title)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3f}")
+    console.print(table)
 
-    def _ask(self, program: Program) -> None:
-        """The program's next turn reaches the engine."""
-        now, scale, session = self.engine.now, self.engine.scale, program.session
-        before = session.turns[program.turn].tool if program.turn >= 0 else None
-        program.turn += 1
-        turn = session.turns[program.turn]
-        if program.job is None:
-            program.job = Job(program.index, now, opens_program=program.turn == 0)
-            self.jobs.append(program.job)
-        outputs = max(1, round(turn.output / scale))
-        keep = None if turn.keep is None else turn.keep // scale
-        given = sum(tokens for _, tokens in session.prefix) if program.turn == 0 else 0
-        prompt = program.context.ask(keep, max(1, round((turn.prompt - given) / scale)), outputs)
-        extra: dict[str, Any] = {}
-        if self.hints and session.named:
-            if before is not None:
-                extra["tool"] = before
-            if session.says_last and program.last:
-                extra["last_turn"] = True
-        program.state, program.since = "waiting", now
-        self.engine.submit(
-            f"{program.index}-{program.turn}",
-            program.context,
-            prompt,
-            outputs,
-            owner=program,
-            session_id=f"s{program.index}" if self.names and session.named else None,
-            extra_args=extra or None,
-        )
 
-    def _answered(self, entry: InFlight) -> None:
-        """A first token came, or the last."""
-        program: Program = entry.owner
-        job, now = program.job, self.engine.now
-        assert job is not None
-        if math.isnan(job.first_token):
-            job.first_token = now
-        if entry.answered < entry.outputs:
-            return
-        turn = program.session.turns[program.turn]
-        self.preemptions += entry.request.num_preemptions
-        if self.record:
-            self.intervals.append(Interval(program.index, program.state, program.since, now))
-        if program.last or turn.tool is None:
-            job.finish = now
-            program.job = None
-        else:
-            job.gaps += turn.gap
-        if not program.last:
-            self._at(now + turn.gap, program)
-            if self.record:
-                state = "person" if turn.tool is None else "tool"
-                self.intervals.append(Interval(program.index, state, now, now + turn.gap))
-        elif self._backlog:
-            self._at(now, self._backlog.pop())
+def main() -> None:
+    run_command(run)
 
-    def _stall(self) -> None:
-        """A real engine would look again and again; here time passes until a client does something."""
-        engine = self.engine
-        if not self._events:
-            pool = engine.scheduler.kv_cache_manager.block_pool
-            waits = ", ".join(f"{name} ({x.request.num_tokens} tokens)" for name, x in list(engine.live.items())[:8])
-            raise Deadlock(
-                f"scheduler: at {engine.now:.3f} s nothing runs, no client will return, and {len(engine.live)} "
-                f"requests wait: {waits}; {pool.get_num_free_blocks()} of {pool.num_gpu_blocks} blocks of "
-                f"{engine.block_size} tokens are free"
-            )
-        seconds = min(POLL, self._events[0][0] - engine.now)
-        engine.now += seconds
-        self.stalled += seconds
 
-    def _turn(self, request: Any) -> Any:
-        program: Program = self.engine.live[request.request_id].owner
-        return program.session.turns[program.turn]
-
-    def _true_gap(self, request: Any) -> float:
-        program: Program = self.engine.live[request.request_id].owner
-        return math.inf if program.last else program.session.turns[program.turn].gap
-
-    def _note(self, before: float) -> None:
-        """Who began or ceased to run with the step that began at ``before``, and whose KV the scheduler pins."""
-        for name, entry in self.engine.live.items():
-            program: Program = entry.owner
-            state = "running" if name in self.engine.scheduled else "waiting"
-            if state != program.state:
-                self.intervals.append(Interval(program.index, program.state, program.since, before))
-                program.state, program.since = state, before
-        pinned = {program.id for program in getattr(self.engine.scheduler, "programs", ()) if program.pins}
-        for name in pinned - self._pinned.keys():
-            self._pinned[name] = before
-        for name in self._pinned.keys() - pinned:
-            self.intervals.append(Interval(int(name[1:]), "pinned", self._pinned.pop(name), before))
+if __name__ == "__main__":
+    main()
