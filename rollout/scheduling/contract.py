@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -57,6 +58,9 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+_source = functools.cache(inspect.getsource)  # half a second for all of them: it parses whole files
+
+
 def missing() -> list[str]:
     """Names that this vLLM lacks: ``Class.method``, ``Class.method(parameter)`` or ``Class.attribute``."""
     lacking = []
@@ -69,7 +73,7 @@ def missing() -> list[str]:
             there = inspect.signature(method).parameters
             lacking += [f"{owner.__name__}.{name}({x})" for x in parameters if x not in there]
     for owner, names in ATTRIBUTES.items():
-        source = inspect.getsource(owner)
+        source = _source(owner)
         lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and f"self.{x}" not in source
                     and f"\n    {x}:" not in source]  # fmt: skip
     return lacking
