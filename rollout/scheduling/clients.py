@@ -65,7 +65,8 @@ class Simulation:
         self._open()
         while events or engine.live:
             while events and events[0][0] <= engine.now:
-                self._ask(heapq.heappop(events)[2])
+                second, _, program = heapq.heappop(events)
+                self._ask(program, second)
             if not engine.live:
                 engine.now = events[0][0]
                 continue
@@ -108,9 +109,9 @@ class Simulation:
     def _at(self, second: float, program: Program) -> None:
         heapq.heappush(self._events, (second, next(self._order), program))
 
-    def _ask(self, program: Program) -> None:
-        """The program's next turn reaches the engine."""
-        now, scale, session = self.engine.now, self.engine.scale, program.session
+    def _ask(self, program: Program, now: float) -> None:
+        """The program's next turn was sent at ``now``; an engine takes it in after the step that ran then."""
+        scale, session = self.engine.scale, program.session
         before = session.turns[program.turn].tool if program.turn >= 0 else None
         program.turn += 1
         turn = session.turns[program.turn]
@@ -134,6 +135,7 @@ class Simulation:
             prompt,
             outputs,
             owner=program,
+            arrival=now,
             session_id=f"s{program.index}" if self.names and session.named else None,
             extra_args=extra or None,
         )

@@ -97,7 +97,8 @@ def _session(record: dict[str, Any], scale: float, longest_gap: float) -> Sessio
         if i:
             before = requests[i - 1]
             common = size * _common(before["hash_ranges"], now["hash_ranges"])
-            extends = common >= before["in"] // size * size
+            # The last whole block may differ: it can hold tokens that only close a prompt.
+            extends = common + size >= before["in"] // size * size
             if extends and now["in"] > before["in"] + before["out"]:
                 prompt = now["in"] - before["in"] - before["out"]
             else:

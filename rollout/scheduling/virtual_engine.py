@@ -184,6 +184,7 @@ class VirtualEngine:
         outputs: int,
         *,
         owner: Any,
+        arrival: float,
         session_id: str | None,
         extra_args: dict[str, Any] | None,
     ) -> None:
@@ -201,7 +202,7 @@ class VirtualEngine:
             context.tokens[:prompt],
             sampling,
             None,
-            arrival_time=self.now,
+            arrival_time=arrival,
             block_hasher=hasher,
             session_id=session_id,
         )
