@@ -1,0 +1,137 @@
+"""Programs over HTTP: ``vllm serve … --middleware rollout.scheduling.middleware.ProgramMiddleware``.
+
+OpenAI's ``prompt_cache_key``, which no scheduler of vLLM's sees, becomes ``session_id``, and
+``POST /v1/programs/{id}/release`` says that a program will not come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
+RELEASE_TIMEOUT = 30.0  # seconds in which the engine must come round to a release: far more than a step takes
+LONGEST = 256  # characters of a program's name
+
+
+class ProgramMiddleware:
+    """Pure ASGI, streams through; changes nothing but the body of a turn that is named by ``prompt_cache_key`` alone.
+
+    A name that the client gives vLLM itself comes first, in vLLM's order: ``session_id`` in the body, the header
+    ``X-Session-ID``, ``session_id`` in ``vllm_xargs``. A name is a string of 1 to 256 printable characters: any other
+    is answered with 400. What is no JSON object in UTF-8 is left to vLLM.
+
+    vLLM puts this middleware outside the one that checks the API key. So nothing is done here before the application
+    asks for the body, and the release is a route of the application: both stand behind the key.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._routed = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._routed:
+            scope["app"].add_route("/v1/programs/{program:path}/release", release, methods=["POST"])
+            self._routed = True
+        if scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in TURNS:
+            receive = _Body(receive, Headers(scope=scope).get("X-Session-ID"))
+        await self.app(scope, receive, send)
+
+
+class _Body:
+    """The ``receive`` of a turn: the body, once it is asked for, with the session's name in it."""
+
+    def __init__(self, receive: Receive, header: str | None) -> None:
+        self._receive = receive
+        self._header = header
+        self._pending: deque[Message] | None = None
+
+    async def __call__(self) -> Message:
+        if self._pending is None:
+            self._pending = deque(await self._read())
+        return self._pending.popleft() if self._pending else await self._receive()
+
+    async def _read(self) -> list[Message]:
+        messages = [await self._receive()]
+        while messages[-1].get("more_body", False):
+            messages.append(await self._receive())
+        if messages[-1]["type"] != "http.request":  # the client left
+            return messages
+        body = b"".join(message.get("body", b"") for message in messages)
+        named = name_session(body, self._header)
+        return messages if named is body else [{"type": "http.request", "body": named, "more_body": False}]
+
+
+def name_session(body: bytes, header: str | None = None) -> bytes:
+    """``body`` with ``session_id`` as its last member if ``prompt_cache_key`` names the program, else ``body`` itself.
+
+    Raises:
+        HTTPException: 400, the name is malformed. FastAPI passes it on, and vLLM renders it as OpenAI does.
+    """
+    if header is None and b'"session_id"' not in body and b'"prompt_cache_key"' not in body:
+        return body  # spares most bodies a second parse
+    try:
+        content = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(content, dict):
+        return body
+    extra = content.get("vllm_xargs")
+    names = {
+        "session_id": content.get("session_id"),
+        "X-Session-ID": header,
+        "vllm_xargs.session_id": extra.get("session_id") if isinstance(extra, dict) else None,
+        "prompt_cache_key": content.get("prompt_cache_key"),
+    }
+    for where, name in names.items():
+        if name is not None:
+            check_name(name, where)
+            if where != "prompt_cache_key":
+                return body
+            end = body.rindex(b"}")
+            return body[:end] + b', "session_id": ' + json.dumps(name).encode() + body[end:]
+    return body
+
+
+async def release(request: Request) -> JSONResponse:
+    """Answer 202 once every engine core knows; releasing what is unknown, or without our scheduler, does nothing.
+
+    An abort would do, but with several engines the client drops aborts of requests that it does not know, while a
+    utility call reaches all of them.
+    """
+    program = check_name(request.path_params["program"], "the program in the path")
+    engine = getattr(request.app.state, "engine_client", None)
+    if engine is None:
+        raise HTTPException(501, "this server has no engine: send the release to the server that generates")
+    try:
+        async with asyncio.timeout(RELEASE_TIMEOUT):
+            await engine.engine_core.call_utility_async("abort_requests", [RELEASE + program])
+    except TimeoutError:
+        raise HTTPException(504, f"the engine did not answer within {RELEASE_TIMEOUT:g} s; release again") from None
+    return JSONResponse({"released": program}, status_code=202)
+
+
+def check_name(name: Any, where: str) -> str:
+    """The name of a program, or HTTPException 400."""
+    if not isinstance(name, str):
+        problem = f"a JSON {type(name).__name__}"
+    elif not 0 < len(name) <= LONGEST:
+        problem = f"{len(name)} characters"
+    elif not name.isprintable():
+        problem = "a character that is not printable"
+    else:
+        return name
+    raise HTTPException(400, f"{where}: must be a string of 1 to {LONGEST} printable characters, got {problem}")
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
