@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rollout.errors import UserError
@@ -119,22 +120,22 @@ def run(composed: DictConfig) -> float:
         offload_tokens=cfg.offload_tokens,
         record=cfg.timeline,
     )
-    directory = run_dir()
+    directory, name = run_dir(), HydraConfig.get().runtime.choices["scheduler"]
     if cfg.timeline:
         from rollout.scheduling.plots import timeline
 
-        timeline(directory / "timeline.png", {str(cfg.scheduler.cls or "stock"): result.intervals}, workload.name)
+        timeline(directory / "timeline.png", {name: result.intervals}, workload.name)
     OmegaConf.save(composed, directory / "config.yaml", resolve=True)
     figures = result.figures()
     record = {
         "benchmark": "simulator",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores; the clock is virtual",
         "seconds": round(time.monotonic() - started, 1),
-        "figures": {name: float(f"{value:.6g}") for name, value in figures.items()},
+        "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
         "bars": [],
     }
     (directory / "result.json").write_text(json.dumps(record, indent=1))
-    show(f"{workload.name}, scheduler {cfg.scheduler.cls or 'stock'}", figures)
+    show(f"{workload.name}, scheduler={name}", figures)
     print(json.dumps(record), flush=True)
     return figures["mean_job_time"]
 
