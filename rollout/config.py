@@ -13,6 +13,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from rollout.errors import UserError
+from rollout.scheduling.latency import ToolLatencies
+from rollout.scheduling.options import NOT_SERVED, Options
+from rollout.scheduling.policies import STOCK
+
+PROGRAM_SCHEDULER = "rollout.scheduling.vllm_plugin.program_scheduler"  # our plug-in, as vLLM's flag names it
+MIDDLEWARE = "rollout.scheduling.middleware.ProgramMiddleware"  # its side in the OpenAI server
 
 
 def require(condition: bool, key: str, problem: str) -> None:
@@ -182,6 +188,32 @@ class SchedulerConfig:
     cls: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def policy(self) -> str | None:
+        """The policy of ours that runs; None for vLLM's own order and for other people's classes."""
+        policy = Options.read(self.options).policy if self.cls == PROGRAM_SCHEDULER else None
+        return None if policy in STOCK else policy
+
+    def check(self, engine: Any = None) -> None:
+        """Refuse a policy or option that is wrong, and an ``engine`` that cannot run it, before anything starts."""
+        if self.cls is None:
+            return
+        require(
+            engine is None or hasattr(engine, "scheduler_cls"), "scheduler", "only vLLM has a choice; take engine=vllm"
+        )
+        url = getattr(engine, "url", None)
+        require(url is None, "scheduler", "the server at engine.url chose its own; leave it out")
+        policy = self.policy
+        if policy is None:
+            return
+        require(policy != NOT_SERVED, "scheduler", f"{policy} knows the future: it is for the simulator alone")
+        exact = getattr(engine, "deterministic", False)
+        require(not exact, "engine.deterministic", f"{policy} decides by the clock; take scheduler=fcfs or priority")
+        options = Options.read(self.options)
+        options.build()
+        if options.latencies is not None:
+            ToolLatencies().load(options.latencies)
+
 
 @dataclass
 class EvaluationConfig:
@@ -231,6 +263,7 @@ class EvaluateConfig:
         )
         exact = getattr(self.engine, "deterministic", False)
         require(not exact, "engine.deterministic", "is for training; evaluation is seeded by question and sample")
+        self.scheduler.check(self.engine)
         require(self.concurrency > 0, "concurrency", f"{self.concurrency} must be at least 1")
         modes = ("auto", "always", "never")
         require(self.reasoning in modes, "reasoning", f"{self.reasoning!r} is not one of {', '.join(modes)}")

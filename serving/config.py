@@ -47,6 +47,7 @@ class ServingConfig:
         for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size"):
             value = getattr(self, name)
             require(value is None or value > 0, name, f"{value} must be at least 1")
+        self.scheduler.check()
 
 
 def register() -> None:

@@ -1,9 +1,11 @@
 """Every file in conf/ composes in its root, and the commands answer at once, with errors on one line."""
 
+import inspect
 import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ GIVEN = {
     "task/dataset": ["task.path=x"],
     "task/custom": ["task._target_=x.Y"],
     "model/hf": ["model.path=x"],
+    "scheduler/program_cap": ["scheduler.options.turnstile.cap=4"],
     "root/serving": ["checkpoint=x"],
 }
 
@@ -106,6 +109,7 @@ def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, argu
         ("training", ["loss=clipp"], r"error: loss=clipp: no such choice; there are: .*clip.*"),
         ("training", ["sampling.top_p=0.9"], r"error: sampling\.top_p: training samples the full distribution.*"),
         ("training", ["correction=tis"], r"error: correction: .*anchor=recomputed.*"),
+        ("training", ["scheduler=turnstile", "scheduler.options.turnstile.kk=3"], r"error: .*kk: unknown key; .*"),
         ("rollout.evaluate", ["limits.max_turn=3"], r"error: limits\.max_turn: unknown key; .*\.max_turns\?"),
         ("rollout.evaluate", [], r"error: checkpoint: give checkpoint=DIR or url=.*"),
         ("rollout.evaluate", ["task=gsm8k", "checkpoint=x"], r"error: task\.path: required and not given.*"),
@@ -144,6 +148,27 @@ def test_a_loss_that_is_chosen_keeps_its_own_numbers(experiment):
             assert composed("training", *experiment, f"loss={name}").loss == schema()
     assert composed("training", "algorithm=dapo").loss.clip_high == 0.28
     assert composed("training", "algorithm=dr_grpo", "advantage=rloo").advantage == training_config.RlooConfig()
+
+
+@pytest.mark.parametrize("name", [x.partition("/")[2] for x in MEMBERS if x.startswith("scheduler/")])
+def test_a_scheduler_is_spelt_out_with_its_own_defaults(name):
+    """A member shows every number of its policy, and the constructor's own value of each."""
+    from rollout.scheduling.options import Options
+    from rollout.scheduling.policies import POLICIES, STOCK
+
+    scheduler = composed("serving", f"scheduler={name}", *GIVEN.get(f"scheduler/{name}", [])).scheduler
+    scheduler.check()
+    assert scheduler.policy == (None if name in STOCK else name)
+    if name in STOCK:
+        return
+    options = Options.read(scheduler.options)
+    parameters = inspect.signature(POLICIES[name]).parameters
+    assert options.settings.keys() == parameters.keys()
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    assert {k: options.settings[k] for k in defaults} == defaults
+    general = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in ("policy", "settings")}
+    assert general == {name: getattr(Options(), name) for name in general}
+    assert scheduler.options["turnstile"].keys() == {"policy", *general, *parameters}
 
 
 def test_an_experiment_may_name_its_run_directory():

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from rollout import config as rollout_config
 from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, require
+from rollout.scheduling.options import KEY, Options
 
 
 @dataclass
@@ -342,10 +343,13 @@ class TrainingConfig:
             "model.dtype",
             "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
         )
-        scheduled, url = self.scheduler.cls is not None, getattr(self.engine, "url", None)
-        vllm = hasattr(self.engine, "scheduler_cls")
-        require(not scheduled or vllm, "scheduler.cls", "only vLLM has schedulers; take engine=vllm")
-        require(not scheduled or url is None, "scheduler.cls", "the server at engine.url chose its own; leave it out")
+        self.scheduler.check(self.engine)
+        elsewhere = self.scheduler.policy is not None and Options.read(self.scheduler.options).save_latencies
+        require(
+            not elsewhere,
+            f"scheduler.options.{KEY}.save_latencies",
+            "training keeps them in its run directory and in every checkpoint; leave it out",
+        )
         require(self.kl.coef >= 0, "kl.coef", f"{self.kl.coef} must not be negative")
         require(
             self.max_staleness == 0, "max_staleness", f"{self.max_staleness}: only 0, exactly synchronous, is built"

@@ -41,6 +41,16 @@ REFUSED = {
     "engine=transformers engine.deterministic=true": "engine.deterministic: .*; use engine=vllm",
     "engine.url=http://x": "engine.url: needs engine.mode=http, not in_process",
     "limits.max_tool_calls=-1": "limits.max_tool_calls: -1 must not be negative",
+    "scheduler=turnstile engine=transformers": "scheduler: only vLLM has a choice; take engine=vllm",
+    "scheduler=turnstile engine=vllm_http engine.url=http://x": "scheduler: the server at engine.url chose its own",
+    "scheduler=turnstile engine.deterministic=true": "engine.deterministic: turnstile decides by the clock; take sch",
+    "scheduler=turnstile scheduler.options.turnstile.policy=clairvoyant": "scheduler: clairvoyant knows the future: ",
+    "scheduler=turnstile scheduler.options.turnstile.policy=x": "scheduler options: unknown policy 'x'; there are: f",
+    "scheduler=turnstile scheduler.options.turnstile.max_pinned=2": r"scheduler options: max_pinned=2 must lie in \(0",
+    "scheduler=plas +scheduler.options.turnstile.k=2": "scheduler options: plas knows no 'k'; there are: infer_prog",
+    "scheduler=program_cap": r"scheduler\.options\.turnstile\.cap: required and not given; add scheduler\.options\.",
+    "scheduler=turnstile scheduler.options.turnstile.latencies=no.json": r"tool latencies no\.json: cannot be read",
+    "scheduler=turnstile scheduler.options.turnstile.save_latencies=x": r"scheduler\.options.*: training keeps them in",
     "task.operators=/": r"task.operators: '/' may hold only \+ - \*",
 }
 
