@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class ProgramQueue(RequestQueue):
     """Requests by (client priority where vLLM honours it, the policy's key, arrival).
 
-    Keys change while requests wait (a pin goes, a turn becomes express): ``sort`` is called once a step then. A request
-    that the policy does not admit makes the queue look empty to the scheduling loop; its length is counted.
+    Keys change while requests wait (a pin goes, a turn becomes express): ``sort`` is called once a step then. Requests
+    that the policy does not admit are passed over: with client priorities one of them may stand before a program whose
+    turn everyone waits for. If it admits none the queue looks empty to the scheduling loop; its length is counted.
     """
 
     def __init__(self, policy: Policy, turns: Mapping[str, Turn], by_priority: bool) -> None:
@@ -35,10 +36,10 @@ class ProgramQueue(RequestQueue):
         bisect.insort(self._items, self._item(request))
 
     def pop_request(self) -> Request:
-        return self._items.pop(0)[2]
+        return self._items.pop(self._head() or 0)[2]
 
     def peek_request(self) -> Request:
-        return self._items[0][2]
+        return self._items[self._head() or 0][2]
 
     def prepend_request(self, request: Request) -> None:
         """A preempted request goes to where its program stands, not to the front."""
@@ -56,13 +57,18 @@ class ProgramQueue(RequestQueue):
         self._items = [item for item in self._items if item[2].request_id not in gone]
 
     def __bool__(self) -> bool:
-        return bool(self._items) and self._policy.may_start(self._turns[self._items[0][2].request_id])
+        return self._head() is not None
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __iter__(self) -> Iterator[Request]:
         return (request for *_, request in self._items)
+
+    def _head(self) -> int | None:
+        """Place of the first request that may be admitted."""
+        may_start, turns = self._policy.may_start, self._turns
+        return next((i for i, item in enumerate(self._items) if may_start(turns[item[2].request_id])), None)
 
     def _item(self, request: Request) -> tuple[Key, int, Request]:
         turn = self._turns[request.request_id]
