@@ -79,6 +79,7 @@ class Simulation:
                 self._note(before)
             for entry in notable:
                 self._answered(entry)
+        self._unpinned(set(self._pinned), engine.now)
         scale = engine.scale
         return Result(
             jobs=self.jobs,
@@ -200,5 +201,8 @@ class Simulation:
         pinned = {program.id for program in getattr(self.engine.scheduler, "programs", ()) if program.pins}
         for name in pinned - self._pinned.keys():
             self._pinned[name] = before
-        for name in self._pinned.keys() - pinned:
-            self.intervals.append(Interval(int(name[1:]), "pinned", self._pinned.pop(name), before))
+        self._unpinned(self._pinned.keys() - pinned, before)
+
+    def _unpinned(self, names: set[str], now: float) -> None:
+        for name in sorted(names):
+            self.intervals.append(Interval(int(name[1:]), "pinned", self._pinned.pop(name), now))

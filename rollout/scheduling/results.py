@@ -41,7 +41,7 @@ class Result:
     makespan: float
     steps: int
     prefill_tokens: int  # computed of prompts, recomputed ones included
-    recomputed_tokens: int  # prompt tokens computed that this program had had computed before
+    recomputed_tokens: int  # computed of prompts that this program had had computed before; tails of blocks always are
     loaded_tokens: int  # from the offload tier
     preemptions: int
     mean_running: float  # requests in a step, over the seconds of steps

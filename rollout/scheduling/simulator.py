@@ -50,7 +50,7 @@ def simulate(
 
     Args:
         hardware: what a step costs.
-        pool_tokens: KV cache of the engine, real tokens; None holds all sessions at once.
+        pool_tokens: KV cache of the engine, real tokens, without vLLM's null block; None holds all sessions at once.
         scheduler: any scheduler class or factory of vLLM's; None is vLLM's own. A ``clock`` that it has is replaced by
             the virtual one; ``tool_of`` (request → tool that the answer calls, or None) and ``true_gap`` (request →
             seconds to the next turn, inf if there is none) are set where it has them: synthetic tokens say nothing.
