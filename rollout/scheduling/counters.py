@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-DROP_CAUSES = ("release", "compaction", "abort", "reset", "pause", "weights", "shutdown")
+DROP_CAUSES = ("release", "compaction", "replaced", "abort", "reset", "pause", "shutdown")
 
 
 def _count(text: str) -> Any:

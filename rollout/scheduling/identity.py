@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rollout.scheduling.prefixes import PrefixIndex
-from rollout.scheduling.tool_names import ToolNames
+from rollout.scheduling.tool_names import ToolNames, label
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -33,7 +33,7 @@ class Identity:
     def tool_before(self, request: Request) -> str | None:
         """The tool whose result opens this turn, if the client says so."""
         tool = _extra(request, "tool")
-        return tool[:64] if isinstance(tool, str) and tool else None
+        return label(tool) if isinstance(tool, str) and tool else None
 
     def last_turn(self, request: Request) -> bool:
         """Whether the client says that no turn follows."""

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rollout.scheduling.programs import RELEASE
+
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
 RELEASE_TIMEOUT = 30.0  # seconds in which the engine must come round to a release: far more than a step takes
 LONGEST = 256  # characters of a program's name
 

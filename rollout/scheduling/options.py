@@ -12,7 +12,7 @@ from rollout.errors import UserError
 from rollout.scheduling.policies import POLICIES, STOCK, Policy
 
 KEY = "turnstile"
-NOT_SERVED = "clairvoyant"  # knows the future: simulator only
+CLAIRVOYANT = "clairvoyant"  # a bound, not a policy
 
 
 @dataclass

@@ -63,8 +63,12 @@ class Policy:
         return 0.0
 
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
-        """The pins that may go so that ``turn`` gets memory, first to go first. ``pins`` holds none of its own."""
-        return iter(sorted(pins, key=lambda pin: pin.arrived, reverse=True))
+        """The pins that may go so that ``turn`` gets memory, first to go first. ``pins`` holds none of its own.
+
+        Here the youngest job's goes, before a running request is preempted and where nothing runs (Continuum §4.3, read
+        as its released code does: in our simulator letting every newcomer take pins costs it up to half of its gain).
+        """
+        return iter(sorted(pins, key=_arrival, reverse=True) if running or load.idle else ())
 
 
 class ProgramFcfs(Policy):
@@ -79,6 +83,8 @@ class ProgramCap(Policy):
     """
 
     def __init__(self, cap: int, idle_limit: float = 300.0) -> None:
+        if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1 or not idle_limit > 0:
+            raise ValueError(f"cap={cap!r} must be a whole number >= 1, and idle_limit={idle_limit!r} above 0")
         self.cap, self.idle_limit = cap, idle_limit
         self._active: set[Program] = set()
 
@@ -118,6 +124,8 @@ class FixedTtl(_Resident):
     """Keep for ``ttl`` seconds: the rule in Continuum's released code (2 s)."""
 
     def __init__(self, ttl: float = 2.0) -> None:
+        if not ttl >= 0:
+            raise ValueError(f"ttl={ttl!r} must be a number of seconds >= 0")
         self.ttl = ttl
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
@@ -132,10 +140,14 @@ class SkiRental(_Resident):
 
 
 class PinToPressure(_Resident):
-    """Keep until memory is short; then the youngest job's goes."""
+    """Keep until memory is short; then the youngest job's goes, to whoever is older."""
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
         return math.inf
+
+    def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
+        mine = running or load.idle
+        return iter(sorted((p for p in pins if mine or p.arrived > turn.job.arrived), key=_arrival, reverse=True))
 
 
 class InferCept(_Resident):
@@ -211,15 +223,22 @@ class Eta:
 class Turnstile(_Resident):
     """Ours: no timers, no histories, no tool names.
 
-    Every finished turn is kept. Memory that is asked for is taken from pins whose idle time has passed the break-even
-    k · R(n) · B: losing n tokens costs R(n) seconds of the engine, while the memory they hold would let one more
-    request run, which is worth 1/B of an engine second each second. A newcomer may not take from older jobs: stock's
-    thrashing is newcomers evicting those who are about to return. First turns that waited ``express_after`` seconds get
-    a lane of their own, of at most ``express_share`` of the memory.
+    Every finished turn is kept. Who waits never takes memory from an older job: stock's thrashing is newcomers evicting
+    those who are about to return. Pins that may go are those idle for longer than k · R(n) · B: losing n tokens costs
+    R(n) seconds of the engine, while the memory they hold would let one more request run, which is worth 1/B of an
+    engine second each second. ``k`` is for tools, ``k_person`` for pauses of persons, who seldom come back soon. First
+    turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory.
     """
 
-    def __init__(self, k: float = 1.0, express_after: float = 1.0, express_share: float = 0.1) -> None:
-        self.k, self.express_after, self.express_share = k, express_after, express_share
+    def __init__(
+        self, k: float = 5.0, k_person: float = 1.0, express_after: float = 1.0, express_share: float = 0.1
+    ) -> None:
+        if not (k > 0 and k_person > 0):
+            raise ValueError(f"k={k} and k_person={k_person} must be above 0")
+        if not (express_after >= 0 and 0 <= express_share <= 1):
+            raise ValueError(f"express_after={express_after} must be >= 0 and express_share={express_share} in [0, 1]")
+        self.k, self.k_person = k, k_person
+        self.express_after, self.express_share = express_after, express_share
         self._first: deque[Turn] = deque()  # first turns that wait, by arrival
         self._express: set[Turn] = set()
 
@@ -256,7 +275,12 @@ class Turnstile(_Resident):
         """Idle time over break-even; 0 for a pin whose next turn already waits."""
         if pin.returning:
             return 0.0
-        return (load.now - pin.since) / max(self.k * pin.rebuild * max(1.0, load.running), 1e-9)
+        return (load.now - pin.since) / self.even(pin, load)
+
+    def even(self, pin: Pin, load: Load) -> float:
+        """Break-even in seconds."""
+        k = self.k_person if pin.program.job_ended else self.k
+        return max(k * pin.rebuild * max(1.0, load.running), 1e-9)
 
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
         bad = {pin: self.bad(pin, load) for pin in pins}
@@ -272,7 +296,7 @@ class Turnstile(_Resident):
             # Then the youngest job: if it runs, vLLM preempts it. Who waits never takes from older jobs.
             younger = load.youngest if running else turn.job.arrived
             rest = (pin for pin in pins if bad[pin] <= 1 and pin.arrived > younger)
-            yield from sorted(rest, key=lambda pin: pin.arrived, reverse=True)
+            yield from sorted(rest, key=_arrival, reverse=True)
         else:
             yield from (p for p in worst if bad[p] > 1 and not p.returning and p.arrived > turn.job.arrived)
 
@@ -283,7 +307,11 @@ class Clairvoyant(Turnstile):
     def bad(self, pin: Pin, load: Load) -> float:
         if pin.returning:
             return 0.0
-        return (pin.returns - load.now) / max(self.k * pin.rebuild * max(1.0, load.running), 1e-9)
+        return (pin.returns - load.now) / self.even(pin, load)
+
+
+def _arrival(pin: Pin) -> float:
+    return pin.arrived
 
 
 def optimal_ttl(durations: Sequence[float], benefit: float) -> float:

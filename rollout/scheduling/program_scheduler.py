@@ -27,10 +27,9 @@ from rollout.scheduling.options import Options
 from rollout.scheduling.pins import Pins
 from rollout.scheduling.policies import Load
 from rollout.scheduling.program_queue import ProgramQueue
-from rollout.scheduling.programs import Marks, Pin, Programs, Turn
+from rollout.scheduling.programs import RELEASE, Marks, Pin, Programs, Turn
 from rollout.scheduling.rebuild import RebuildTime
 
-RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
 RUNNING_STEPS = 64  # steps over which the mean of running requests moves
 SAVE_EVERY = 30.0  # seconds between two copies of the tool latencies
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -248,8 +247,7 @@ class ProgramMixin(Scheduler):
             pin.returns = load.now + self.true_gap(request)
         older = [p for p in program.pins if self._held_tokens(request, p.marks)]  # of the same branch
         if self.pins.add(pin):
-            for one in older:
-                self.pins.remove(one)
+            self.pins.drop(older, "replaced")
 
     # ---- one step
 

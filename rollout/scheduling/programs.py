@@ -22,6 +22,7 @@ from typing import Any
 from rollout.scheduling.counters import JobRecord
 from rollout.scheduling.latency import PERSON, ToolLatencies
 
+RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
 MOST_PROGRAMS = 65_536  # idle programs remembered beyond this many are forgotten, oldest first
 
 
