@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from rollout.errors import UserError
 from rollout.scheduling.latency import ToolLatencies
-from rollout.scheduling.options import NOT_SERVED, Options
+from rollout.scheduling.options import CLAIRVOYANT, Options
 from rollout.scheduling.policies import STOCK
 
 PROGRAM_SCHEDULER = "rollout.scheduling.vllm_plugin.program_scheduler"  # our plug-in, as vLLM's flag names it
@@ -206,7 +206,7 @@ class SchedulerConfig:
         policy = self.policy
         if policy is None:
             return
-        require(policy != NOT_SERVED, "scheduler", f"{policy} knows the future: it is for the simulator alone")
+        require(policy != CLAIRVOYANT, "scheduler", f"{policy} knows the future: it is for the simulator alone")
         exact = getattr(engine, "deterministic", False)
         require(not exact, "engine.deterministic", f"{policy} decides by the clock; take scheduler=fcfs or priority")
         options = Options.read(self.options)
