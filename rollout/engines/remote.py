@@ -42,6 +42,7 @@ class RemoteEngine(ABC):
         self._ids = itertools.count()
         self._paused = False
         self._closed = False
+        self._retains = config.scheduler_cls is not None  # stock vLLM keeps nothing for a program
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-loop", daemon=True)
@@ -57,6 +58,10 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     async def _abort(self, request_ids: list[str]) -> None: ...
+
+    @abstractmethod
+    async def _release(self, program_id: str) -> None:
+        """Called only if ``_retains``."""
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
@@ -147,8 +152,9 @@ class RemoteEngine(ABC):
         if running:
             await self._call(self._abort(running), "an abort")
 
-    async def release(self, program_id: str) -> None:  # noqa: B027 - a member with retention of its own overrides it
-        """Nothing is kept per program unless the scheduler does, and that learns of the end by ``last_turn``."""
+    async def release(self, program_id: str) -> None:
+        if self._retains:
+            await self._call(self._watched(self._release(program_id)), "a release")
 
     async def stats(self) -> dict[str, float]:
         """Counts of this client since the start, and how many of its requests run now."""

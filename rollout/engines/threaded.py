@@ -170,8 +170,8 @@ class ThreadedEngine(ABC):
     async def abort(self, program_id: str) -> None:
         await self._ask(lambda: self._abort(lambda running: running.request.program_id == program_id), "an abort")
 
-    async def release(self, program_id: str) -> None:  # noqa: B027 - a member with retention of its own overrides it
-        """Nothing is kept per program unless the scheduler does, and that learns of the end by ``last_turn``."""
+    async def release(self, program_id: str) -> None:  # noqa: B027 - a member whose scheduler may keep KV overrides it
+        """Nothing is kept for a program here."""
 
     async def stats(self) -> dict[str, float]:
         """Counts since the start, and what runs now."""

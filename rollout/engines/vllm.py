@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.checkpoint import check_weights, read_config
-from rollout.config import VllmConfig
+from rollout.config import PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Engine, Generation, vllm_plugin
 from rollout.engines.mailbox import Request
 from rollout.engines.vllm_plugin import ACTIVE, LOG, TRANSFER
@@ -82,11 +82,12 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
         "weight_transfer_config": {"backend": TRANSFER},
     }
     if config.scheduler_cls is not None:
+        arguments["scheduler_cls"] = config.scheduler_cls
+    if config.scheduler_cls not in (None, PROGRAM_SCHEDULER):  # ours is there; importing it imports vLLM
         try:
             pkgutil.resolve_name(config.scheduler_cls)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"engine.scheduler_cls: cannot import {config.scheduler_cls} ({error})") from error
-        arguments["scheduler_cls"] = config.scheduler_cls
     if torch.cuda.is_available():  # not run on GPU
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_chunked_prefill"] = not config.deterministic

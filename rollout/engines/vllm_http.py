@@ -18,13 +18,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from rollout.config import VllmConfig
+from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Generation, PauseMode
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, sampling_fields, variables
 from rollout.errors import EngineDied, UserError, WaitTimeout
+from rollout.scheduling.identity import LONGEST
 
 HOST = "127.0.0.1"
 ABORT_PREFIX = "generate-tokens-"  # vLLM puts it before the request ids of this endpoint
@@ -70,6 +72,8 @@ class HttpEngine(RemoteEngine):
             self.version = int(current)
         else:
             await self._post("/update_weight_version", {"new_version": str(self.version)})
+        async with self._session.get("/v1/programs/-/release") as reply:
+            self._retains = reply.status == 405  # the middleware's route is there, and takes no GET
 
     async def _generate(self, request: Request, request_id: str) -> Generation:
         body = {
@@ -78,7 +82,10 @@ class HttpEngine(RemoteEngine):
             "sampling_params": sampling_fields(request),
             "priority": request.priority,
         }
-        reply = await self._post("/inference/v1/generate", body, {"X-Session-ID": request.program_id})
+        extra = body["sampling_params"]["extra_args"] or {}
+        # Not X-Session-ID: a header holds no more than Latin-1, and no line breaks.
+        body["sampling_params"]["extra_args"] = extra | {"session_id": request.program_id}
+        reply = await self._post("/inference/v1/generate", body)
         choice = reply["choices"][0]
         versions: list[int] = []
         for span in choice["weight_versions"] or []:
@@ -103,6 +110,10 @@ class HttpEngine(RemoteEngine):
     async def _abort(self, request_ids: list[str]) -> None:
         await self._post("/abort_requests", {"request_ids": [ABORT_PREFIX + x for x in request_ids]})
 
+    async def _release(self, program_id: str) -> None:
+        if 0 < len(program_id) <= LONGEST and program_id.isprintable():  # others name nothing there
+            await self._post(f"/v1/programs/{quoted(program_id)}/release")
+
     async def _set_paused(self, mode: PauseMode | None) -> None:
         await self._post("/resume" if mode is None else f"/pause?mode={mode}&clear_cache=false")
 
@@ -122,15 +133,16 @@ class HttpEngine(RemoteEngine):
     async def _health(self) -> None:
         await self._request("GET", "/health")
 
-    async def _post(self, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None) -> Any:
-        return await self._request("POST", path, json=body, headers=headers)
+    async def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return await self._request("POST", path, json=body)
 
     async def _request(self, method: str, path: str, **keywords: Any) -> Any:
         """One exchange. The server's own failures mean that the engine is gone; what it refuses is the caller's."""
         import aiohttp
+        import yarl
 
         try:
-            async with self._session.request(method, path, **keywords) as reply:
+            async with self._session.request(method, yarl.URL(path, encoded=True), **keywords) as reply:
                 text = await reply.text()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise self._died(f"{self.url} does not answer ({type(error).__name__})") from error
@@ -160,6 +172,8 @@ def command(config: VllmConfig, model_dir: str, port: int) -> list[str]:
         "disable_uvicorn_access_log": True,
     }
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    if config.scheduler_cls == PROGRAM_SCHEDULER:
+        line += ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -167,6 +181,11 @@ def command(config: VllmConfig, model_dir: str, port: int) -> list[str]:
         elif value is not None and value != {}:
             line += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return line
+
+
+def quoted(name: str) -> str:
+    """A program's name as one segment of a path: also ``a/b``, and ``..``, which clients would resolve."""
+    return quote(name, safe="").replace(".", "%2E")
 
 
 def launch(config: VllmConfig, model_dir: str, log_path: Path | None) -> tuple[str, subprocess.Popen[bytes]]:

@@ -22,6 +22,7 @@ from rollout.engines.vllm import (
     sampling_params,
 )
 from rollout.errors import UserError
+from rollout.scheduling.programs import RELEASE
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,10 @@ class InProcessEngine(ThreadedEngine):
             priority=0 if request is None else request.priority,
             session_id=None if request is None else request.program_id,
         )
+
+    async def release(self, program_id: str) -> None:
+        if self.config.scheduler_cls is not None:
+            await self._ask(lambda: self._engine.engine_core.abort_requests([RELEASE + program_id]), "a release")
 
     def _step(self) -> None:
         for output in self._engine.step():

@@ -20,6 +20,7 @@ from rollout.engines.vllm import (
     sampling_fields,
     sampling_params,
 )
+from rollout.scheduling.programs import RELEASE
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -73,6 +74,10 @@ class ProcessEngine(RemoteEngine):
 
     async def _abort(self, request_ids: list[str]) -> None:
         await self._llm.abort(request_ids)
+
+    async def _release(self, program_id: str) -> None:
+        # Not abort_requests_async: with several engine cores the client drops ids that it does not know.
+        await self._llm.engine_core.call_utility_async("abort_requests", [RELEASE + program_id])
 
     async def _set_paused(self, mode: PauseMode | None) -> None:
         await self._alive()

@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from rollout.config import TransformersConfig, VllmConfig
+from rollout.config import PROGRAM_SCHEDULER, TransformersConfig, VllmConfig
 from rollout.engines import Engine, Generation, Sampling
 from rollout.engines import transformers as transformers_engine
 from rollout.engines import vllm as vllm_engines
 from rollout.errors import EngineDied, UserError, WaitTimeout
+from rollout.scheduling.files import NUMBERS
+from rollout.scheduling.metrics import Snapshot, read_snapshot
 from rollout.weights import model_logprobs, named_weights
 from tests.conftest import Loop
 
@@ -40,7 +42,16 @@ def engine(
     if request.param == "transformers":
         member = transformers_engine.build(TransformersConfig(max_model_len=MAX_LEN, timeout_s=60.0), str(model_dir))
     else:
-        config = VllmConfig(mode=request.param, max_model_len=MAX_LEN, kv_cache_gib=0.25, timeout_s=120.0)
+        # These two run our scheduler, that in this process stock vLLM's: the contract is the same.
+        options = {"turnstile": {"policy": "turnstile", "metrics_path": str(log_path.with_name(NUMBERS))}}
+        config = VllmConfig(
+            mode=request.param,
+            max_model_len=MAX_LEN,
+            kv_cache_gib=0.25,
+            timeout_s=120.0,
+            scheduler_cls=PROGRAM_SCHEDULER,
+            scheduler_options=options,
+        )
         member = vllm_engines.build(config, str(model_dir), log_path=log_path)
     yield member
     run(member.close())
@@ -251,6 +262,35 @@ def test_other_samplers_are_refused_where_they_do_not_exist(engine: Engine, run:
         generate(engine, run, [1, 2], Sampling(max_tokens=8, top_p=0.5))
 
 
+ODD_NAMES = ("plain", "a/b", "a/b/release", "ü€ ß", "..", "x?y=1#z", "%41%2F", "a\\b", '"q"', "n" * 256)
+NO_NAMES = ("", "line\nbreak", "n" * 257)
+
+
+def test_release_reaches_the_scheduler_whatever_the_name(engine: Engine, run: Loop) -> None:
+    """KV is kept for every program that has a name, and let go by exactly that name."""
+    (ids,) = prompts(1, length=80)
+
+    def snapshot() -> Snapshot | None:
+        """The scheduler's numbers of now: they are published when a request ends, once a second."""
+        time.sleep(1.0)
+        generate(engine, run, ids, Sampling(max_tokens=2), program="")
+        return read_snapshot(engine.log_path.with_name(NUMBERS)) if getattr(engine, "log_path", None) else None
+
+    before = snapshot()
+    for name in (*ODD_NAMES, *NO_NAMES):
+        generate(engine, run, ids, Sampling(max_tokens=2), program=name)
+    kept = snapshot()
+    for name in (*ODD_NAMES, *NO_NAMES, "never seen"):
+        run(engine.release(name))
+    after = snapshot()
+    if before is None:  # a scheduler that keeps nothing
+        return
+    assert kept.counters["programs"] - before.counters["programs"] == len(ODD_NAMES)
+    assert kept.gauges["pins_now"] - before.gauges["pins_now"] == len(ODD_NAMES)
+    assert after.drops["release"] - kept.drops["release"] == len(ODD_NAMES)
+    assert after.gauges["pins_now"] == before.gauges["pins_now"]
+
+
 def test_a_running_server_can_be_joined(engine: Engine, run: Loop, model_dir: Path) -> None:
     from rollout.engines.vllm_http import HttpEngine
 
@@ -259,6 +299,7 @@ def test_a_running_server_can_be_joined(engine: Engine, run: Loop, model_dir: Pa
     guest = vllm_engines.build(VllmConfig(mode="http", url=engine.url, max_model_len=MAX_LEN), str(model_dir))
     assert guest.version == engine.version
     assert generate(guest, run, [1, 2], Sampling(max_tokens=2)).versions == [engine.version] * 2
+    run(guest.release("p"))
     run(guest.close())
     run(engine.health())
 
