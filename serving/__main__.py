@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rollout import checkpoint as checkpoints
+from rollout.config import PROGRAM_SCHEDULER, SchedulerConfig
 from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, to_object
+from rollout.scheduling.files import with_files
+from rollout.scheduling.options import Options
 from serving import config as schema
 from serving.command import server_command
 from serving.parsers import OURS, Parsers, choose
@@ -50,6 +53,9 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     parsers = choose_parsers(config, checkpoint)
     name = config.name or checkpoint.path.name
     run_dir = Path(config.run_dir).resolve()
+    if config.scheduler.policy is not None:
+        options = with_files(config.scheduler.options, checkpoint=checkpoint.path, run_dir=run_dir)
+        config = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, options=options))
     template = None
     if parsers.template is not None:
         template = run_dir / "chat_template.jinja"
@@ -60,6 +66,7 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     console.print(f"parsers     tool calls: {parsers.tool or 'none'}, reasoning: {parsers.reasoning or 'none'}")
     if not checkpoint.template:
         console.print("            no chat template: only /v1/completions will answer")
+    console.print(f"scheduler   {scheduler_line(config.scheduler)}", markup=False)
     console.print(f"engine log  {run_dir / 'engine.log'}", markup=False)
 
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
@@ -83,6 +90,14 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     finally:
         server.stop(config.stop_timeout_s)
     console.print("stopped")
+
+
+def scheduler_line(scheduler: SchedulerConfig) -> str:
+    """What orders requests, and what it starts from."""
+    if scheduler.cls != PROGRAM_SCHEDULER:
+        return scheduler.cls or "vLLM's own"
+    options = Options.read(scheduler.options)
+    return options.policy + (f", with the tool latencies of {options.latencies}" if options.latencies else "")
 
 
 def wait_ready(server: Server, timeout: float, console: Console) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rollout.config import MIDDLEWARE
 from serving.config import ServingConfig
 from serving.parsers import OURS, Parsers
 
@@ -43,6 +44,7 @@ def server_command(
         options["gpu-memory-utilization"] = config.gpu_memory_utilization
     return [
         *SERVER,
+        *(["--middleware", MIDDLEWARE] if config.scheduler.policy is not None else []),
         *flags(options | {key.lstrip("-").replace("_", "-"): value for key, value in config.extra.items()}),
     ]
 

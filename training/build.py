@@ -16,6 +16,7 @@ from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
 from rollout.errors import UserError
 from rollout.runner import Runner
+from rollout.scheduling.files import with_files
 from rollout.speaker import Policy
 from rollout.tasks import Task
 from rollout.weights import Probe, bound_for, model_logprobs, sync
@@ -74,6 +75,16 @@ def make_policy_model(
     if cfg.lora is not None:
         model = add_adapter(model, cfg.lora, adapter)
     return model, tokenizer
+
+
+def engine_settings(cfg: TrainingConfig, model_dir: Path | str, run_dir: Path) -> Any:
+    """The engine's settings, with the run's files among those of a scheduler of ours."""
+    if cfg.scheduler.policy is None:
+        return cfg.engine
+    options = with_files(
+        cfg.scheduler.options, checkpoint=Path(model_dir), run_dir=run_dir, save=True, resumed=cfg.resume
+    )
+    return replace(cfg.engine, scheduler_options=options)
 
 
 def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:

@@ -56,8 +56,10 @@ class Run:
         adapter = self.resume / "adapter" if self.resume is not None and cfg.lora is not None else None
         weights = self.first if adapter is not None else self.resume or self.first
         self.model, self.tokenizer = build.make_policy_model(cfg, weights, adapter)
+        start = self.resume or self.first
+        settings = build.engine_settings(cfg, start, directory.path)
         with directory.timed("engine_start"), stage("engine start", 1, "engine") as shown:
-            engine = build.make_engine(cfg.engine, self.resume or self.first, directory.path / "engine.log")
+            engine = build.make_engine(settings, start, directory.path / "engine.log")
             shown.update(1)
         self.runner, engine_of_episodes = build.make_runner(cfg, self.task, engine)
         stack.callback(self.runner.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rollout.errors import UserError
+from rollout.scheduling.files import LATENCIES
 from training import checkpoint
 from training.corrections import Correction
 from training.head import token_logprobs
@@ -161,6 +163,9 @@ class RolloutTrainer(Trainer):
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
             torch.save(self.stream.state_dict(), folder / "stream.pt")
+            latencies = self.checkpoints.with_name(LATENCIES)
+            if latencies.exists():  # kept up to date by the engine's scheduler; serving starts from them
+                shutil.copy(latencies, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The model was built from the checkpoint's own folder; only a sharded one must read it again."""

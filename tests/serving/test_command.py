@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.config import SchedulerConfig
+from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, SchedulerConfig
 from rollout.errors import UserError
 from serving.command import flags, server_command
 from serving.config import ServingConfig
@@ -40,6 +41,18 @@ def test_scheduler_and_its_options() -> None:
     scheduler = SchedulerConfig(cls="package.Scheduler", options={"pins": 3})
     words = command(ServingConfig(scheduler=scheduler), cpu=False)
     assert '--scheduler-cls package.Scheduler --additional-config {"pins": 3}' in words
+
+
+def test_our_scheduler_brings_its_middleware() -> None:
+    """Beside a middleware of the user's own: vLLM appends each."""
+    options = {"turnstile": {"policy": "plas"}}
+    ours = ServingConfig(scheduler=SchedulerConfig(cls=PROGRAM_SCHEDULER, options=options))
+    words = command(dataclasses.replace(ours, extra={"middleware": "my.Middleware"}), cpu=True)
+    assert f'--scheduler-cls {PROGRAM_SCHEDULER} --additional-config {{"turnstile": {{"policy": "plas"}}}}' in words
+    assert f"--middleware {MIDDLEWARE}" in words
+    assert words.endswith("--middleware my.Middleware")
+    stock = SchedulerConfig(cls=PROGRAM_SCHEDULER, options={"turnstile": {"policy": "priority"}})
+    assert "--middleware" not in command(ServingConfig(scheduler=stock), cpu=True)
 
 
 def test_parsers() -> None:
@@ -106,7 +119,9 @@ def test_port_in_use(checkpoint: Path, used_port: int) -> None:
         (["checkpoint=x", "prot=1"], "prot: unknown key; did you mean port?"),
         (["checkpoint=x", "port=abc"], "port: "),
         (["checkpoint=x", "port=70000"], "port: 70000 is not a port"),
-        (["checkpoint=x", "scheduler=none_such"], "scheduler"),
+        (["checkpoint=x", "scheduler=none_such"], "scheduler=none_such: no such choice; there are: continuum, fcfs"),
+        (["checkpoint=x", "scheduler=program_cap"], "scheduler.options.turnstile.cap: required and not given"),
+        (["checkpoint=x", "scheduler=plas", "scheduler.options.turnstile.policy=x"], "unknown policy 'x'; there are"),
     ],
 )
 def test_bad_settings(overrides: list[str], message: str) -> None:
