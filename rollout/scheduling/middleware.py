@@ -1,7 +1,8 @@
 """Programs over HTTP: ``vllm serve … --middleware rollout.scheduling.middleware.ProgramMiddleware``.
 
 OpenAI's ``prompt_cache_key``, which no scheduler of vLLM's sees, becomes ``session_id``, and
-``POST /v1/programs/{id}/release`` says that a program will not come back.
+``POST /v1/programs/{id}/release`` says that a program will not come back. If the scheduler has a ``metrics_path``,
+vLLM's ``/metrics`` shows what it writes there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rollout.scheduling.metrics import expose
+from rollout.scheduling.options import Options
 from rollout.scheduling.programs import RELEASE
 
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -37,12 +40,13 @@ class ProgramMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._routed = False
+        self._settled = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._routed:
+        if not self._settled:
+            self._settled = True
             scope["app"].add_route("/v1/programs/{program:path}/release", release, methods=["POST"])
-            self._routed = True
+            show_numbers(scope["app"])
         if scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in TURNS:
             receive = _Body(receive, Headers(scope=scope).get("X-Session-ID"))
         await self.app(scope, receive, send)
@@ -119,6 +123,14 @@ async def release(request: Request) -> JSONResponse:
     except TimeoutError:
         raise HTTPException(504, f"the engine did not answer within {RELEASE_TIMEOUT:g} s; release again") from None
     return JSONResponse({"released": program}, status_code=202)
+
+
+def show_numbers(app: Any) -> None:
+    """Let the page of metrics read the scheduler's file, which its options name."""
+    config = getattr(app.state, "vllm_config", None)
+    path = Options.read(config.additional_config).metrics_path if config is not None else None
+    if path is not None:
+        expose(path)
 
 
 def check_name(name: Any, where: str) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import json
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from prometheus_client import REGISTRY, generate_latest
 from starlette.responses import Response
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -19,7 +21,9 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
-from rollout.scheduling import middleware
+from rollout.scheduling import metrics, middleware
+from rollout.scheduling.counters import Counters
+from rollout.scheduling.metrics import Publisher
 from rollout.scheduling.middleware import ProgramMiddleware, name_session
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "größer 你好 🐢"}]}
@@ -50,11 +54,13 @@ class Engines:
         self.heard.append((method, ids))
 
 
-def make_app(api_key: list[str] | None = None) -> FastAPI:
+def make_app(api_key: list[str] | None = None, additional_config: dict[str, Any] | None = None) -> FastAPI:
     """Routes that answer with what vLLM makes of the request, behind vLLM's handlers and middlewares."""
     app = FastAPI()
     app.state.args = Namespace(log_error_stack=False)
     app.state.engine_client = Engines()
+    if additional_config is not None:
+        app.state.vllm_config = Namespace(additional_config=additional_config)
 
     def add_turn(path: str, model: Any) -> None:
         async def turn(request: Any, raw_request: Request) -> dict[str, Any]:
@@ -298,3 +304,22 @@ def test_what_vllm_must_have() -> None:
 
     assert callable(EngineCore.abort_requests)
     assert DPLBAsyncMPClient.call_utility_async is not AsyncMPClient.call_utility_async  # one engine, all engines
+
+
+def test_the_page_of_metrics_shows_the_schedulers_file(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    app = make_app(additional_config={"turnstile": {"metrics_path": str(path)}})
+    Publisher(Counters(turns=3), dict, path=path)
+    post(app, "/v1/chat/completions", CHAT)
+    try:
+        assert b'turnstile_turns_total{engine="0"} 3.0' in generate_latest(REGISTRY)
+    finally:
+        REGISTRY.unregister(metrics.expose(path))
+        metrics._registered.cache_clear()
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"turnstile": {"policy": "plas"}}])
+def test_without_a_file_the_page_stays_as_it_is(additional_config: dict[str, Any]) -> None:
+    before = list(REGISTRY._collector_to_names)
+    assert post(make_app(additional_config=additional_config), "/v1/chat/completions", CHAT).status_code == 200
+    assert list(REGISTRY._collector_to_names) == before
