@@ -14,11 +14,13 @@ from rollout.scheduling.results import Job, Result
 from rollout.scheduling.virtual_engine import Context, InFlight, VirtualEngine
 from rollout.scheduling.workloads import Session, Turn, Workload
 
-POLL = 0.01  # seconds between two looks at a scheduler that has requests but schedules none
+EMPTY_STEP = 1e-3  # seconds of a step that schedules nothing (vLLM's after a preemption); doubled with each in a row
+LONGEST_EMPTY = 0.016
+PATIENCE = 60.0  # seconds of empty steps in a row, with no client left to act, that count as for ever
 
 
 class Deadlock(EngineDied):
-    """Requests wait, none runs, and no client will do anything that could change it."""
+    """Requests wait, none runs, no client will do anything that could change it, and time alone did not."""
 
 
 class Program:
@@ -48,6 +50,7 @@ class Simulation:
         self.intervals: list[Interval] = []
         self.preemptions = 0
         self.stalled = 0.0
+        self._idle_since: float | None = None  # when the row of empty steps began
         self._events: list[tuple[float, int, Program]] = []
         self._order = itertools.count()
         self._backlog: list[Program] = []  # of a closed loop, last first
@@ -75,6 +78,7 @@ class Simulation:
             if notable is None:
                 self._stall()
                 continue
+            self._idle_since = None
             if self.record:
                 self._note(before)
             for entry in notable:
@@ -168,17 +172,22 @@ class Simulation:
             self._at(now, self._backlog.pop())
 
     def _stall(self) -> None:
-        """A real engine would look again and again; here time passes until a client does something."""
+        """A real engine would look again at once, and again."""
         engine = self.engine
-        if not self._events:
+        if self._idle_since is None:
+            self._idle_since = engine.now
+        row = engine.now - self._idle_since
+        if not self._events and row >= PATIENCE:
             pool = engine.scheduler.kv_cache_manager.block_pool
             waits = ", ".join(f"{name} ({x.request.num_tokens} tokens)" for name, x in list(engine.live.items())[:8])
             raise Deadlock(
-                f"scheduler: at {engine.now:.3f} s nothing runs, no client will return, and {len(engine.live)} "
-                f"requests wait: {waits}; {pool.get_num_free_blocks()} of {pool.num_gpu_blocks} blocks of "
-                f"{engine.block_size} tokens are free"
+                f"scheduler: since {self._idle_since:.3f} s nothing runs, no client will return, and "
+                f"{len(engine.live)} requests wait: {waits}; {pool.get_num_free_blocks()} of {pool.num_gpu_blocks} "
+                f"blocks of {engine.block_size} tokens are free"
             )
-        seconds = min(POLL, self._events[0][0] - engine.now)
+        seconds = min(max(EMPTY_STEP, row), LONGEST_EMPTY)
+        if self._events:
+            seconds = min(seconds, self._events[0][0] - engine.now)
         engine.now += seconds
         self.stalled += seconds
 

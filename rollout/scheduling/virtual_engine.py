@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import logging
@@ -72,7 +73,10 @@ def build_scheduler(
     options: dict[str, Any] | None = None,
     offload_blocks: int = 0,
 ) -> Any:
-    """The scheduler as vLLM's engine core builds it; None is vLLM's own. Sizes in simulated tokens and blocks."""
+    """The scheduler as vLLM's engine core builds it; None is vLLM's own. Sizes in simulated tokens and blocks.
+
+    A factory with the parameter ``simulated`` gets True: ours then admits policies that know the future.
+    """
     with _quiet():
         caches = CacheConfig(block_size=block_size, enable_prefix_caching=True)
         caches.num_gpu_blocks = num_blocks
@@ -90,7 +94,9 @@ def build_scheduler(
             additional_config=options or {},
         )
         layers = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        return (scheduler or Scheduler)(
+        build: Callable[..., Any] = scheduler or Scheduler
+        told = {"simulated": True} if "simulated" in inspect.signature(build).parameters else {}
+        return build(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], layers)]),
             structured_output_manager=StructuredOutputManager(config),
@@ -98,6 +104,7 @@ def build_scheduler(
             log_stats=False,
             block_size=block_size,
             hash_block_size=block_size,
+            **told,
         )
 
 

@@ -254,12 +254,16 @@ def _talk(rng: np.random.Generator) -> Session:
 
 
 def _sibling(rng: np.random.Generator, group_rng: np.random.Generator, group: int) -> Session:
-    """One rollout of a training step: its group's prompt, short tools, a heavy tail of output. All lengths are ours."""
-    prompt = max(1, round(_lognormal(group_rng, 2000, 0.7)))
-    count = int(rng.geometric(1 / 5))
+    """One rollout of a training step: its group's prompt, short tools, a heavy tail of output.
+
+    All figures are ours. Long contexts of coding agents: 8 turns and 26 k tokens in the mean, cut at 30 turns. With
+    short ones a step is decoding, and no scheduler changes its makespan.
+    """
+    prompt = max(1, round(_lognormal(group_rng, 3000, 0.5)))
+    count = min(int(rng.geometric(1 / 8)), 30)
     turns = []
     for i in range(count):
-        output = round(min(8192.0, _lognormal(rng, 400, 1.2)))
+        output = round(min(8192.0, _lognormal(rng, 250, 1.1)))
         gap, tool = (0.0, None) if i == count - 1 else (_lognormal(rng, 0.5, 1.0), "python")
-        turns.append(Turn(prompt if i == 0 else max(1, round(_lognormal(rng, 300, 0.8))), max(1, output), gap, tool))
+        turns.append(Turn(prompt if i == 0 else max(1, round(_lognormal(rng, 1500, 1.0))), max(1, output), gap, tool))
     return Session(tuple(turns), arrival=0.0, prefix=((f"group{group}", prompt),))
