@@ -23,11 +23,11 @@ class Load:
 
     rebuild: Callable[[int], float]  # R(n): seconds to compute n tokens again
     latencies: ToolLatencies
+    context: Callable[[], int]  # tokens held by running requests
     pool_tokens: int
     now: float = 0.0
     running: float = 1.0  # moving mean B of running requests
     waiting: int = 0
-    context: int = 0  # tokens held by running requests
     idle: bool = True  # nothing runs
     youngest: float = -math.inf  # arrival of the youngest job that runs: whom stock preempts if no pin goes
 
@@ -162,7 +162,7 @@ class InferCept(_Resident):
         return (turn.job.arrived,)
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
-        even = load.rebuild(tokens) * (tokens + load.context) / max(tokens, 1)
+        even = load.rebuild(tokens) * (tokens + load.context()) / max(tokens, 1)
         durations = load.latencies.durations(tool or PERSON)
         mean = sum(durations) / len(durations) if durations else 0.0
         return even if mean <= even else 0.0
@@ -283,6 +283,8 @@ class Turnstile(_Resident):
         return max(k * pin.rebuild * max(1.0, load.running), 1e-9)
 
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
+        if not (running or turn.resident or turn.express or load.idle):
+            pins = [pin for pin in pins if pin.arrived > turn.job.arrived]  # who waits never takes from older jobs
         bad = {pin: self.bad(pin, load) for pin in pins}
         worst = sorted(pins, key=bad.__getitem__, reverse=True)
         if load.idle:  # progress before everything else
@@ -291,14 +293,13 @@ class Turnstile(_Resident):
         elif turn.express:
             yield from (pin for pin in worst if not pin.returning)
             yield from (pin for pin in worst if pin.returning)
-        elif running or turn.resident:
-            yield from (pin for pin in worst if bad[pin] > 1)
-            # Then the youngest job: if it runs, vLLM preempts it. Who waits never takes from older jobs.
-            younger = load.youngest if running else turn.job.arrived
-            rest = (pin for pin in pins if bad[pin] <= 1 and pin.arrived > younger)
-            yield from sorted(rest, key=_arrival, reverse=True)
         else:
-            yield from (p for p in worst if bad[p] > 1 and not p.returning and p.arrived > turn.job.arrived)
+            yield from (pin for pin in worst if bad[pin] > 1)  # 0 if its next turn waits
+            if running or turn.resident:
+                # Then the youngest job, unless a younger one runs: that vLLM preempts.
+                younger = load.youngest if running else turn.job.arrived
+                rest = (pin for pin in pins if bad[pin] <= 1 and pin.arrived > younger)
+                yield from sorted(rest, key=_arrival, reverse=True)
 
 
 class Clairvoyant(Turnstile):

@@ -55,7 +55,8 @@ class ProgramMixin(Scheduler):
         pool = self.kv_cache_manager.block_pool
         self._pool_blocks = pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.pins = Pins(pool, options.max_pinned * self._pool_blocks, self.counters)
-        self.load = Load(self.rebuild, self.latencies, pool_tokens=self._pool_blocks * self.block_size)
+        self.load = Load(self.rebuild, self.latencies, self._context, pool_tokens=self._pool_blocks * self.block_size)
+        self._joined = True  # requests were admitted since the running ones were sorted
         self._in_flight: deque[tuple[float, int, int, int]] = deque()  # of each step: start, and what it does
         self._updated = -math.inf
         self._saved = -math.inf
@@ -261,8 +262,9 @@ class ProgramMixin(Scheduler):
         if self.rule.promote(load) or self.pins.changed:
             self.waiting.sort()  # who waited for a pin that went is resident no more
             self.pins.changed = False
-        # vLLM preempts the last of the running (FCFS): the youngest job.
-        self.running.sort(key=lambda request: turns[request.request_id].job.arrived)
+        if self._joined:  # vLLM preempts the last of the running (FCFS): let that be the youngest job
+            self.running.sort(key=lambda request: turns[request.request_id].job.arrived)
+            self._joined = False
 
     def _allocate(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
         """vLLM's ``allocate_slots``; where it fails, pins go first, as far as the policy lets them."""
@@ -280,8 +282,8 @@ class ProgramMixin(Scheduler):
         """Release pins in the policy's order until the allocation succeeds; none at all if all of them are too few."""
         load = self.load
         load.idle = not self.running
-        load.youngest = max((self.programs.turns[r.request_id].job.arrived for r in self.running), default=-math.inf)
-        load.context = sum(r.num_computed_tokens for r in self.running)
+        if turn.running:
+            load.youngest = max(self.programs.turns[r.request_id].job.arrived for r in self.running)
         victims = list(self.rule.victims(turn, turn.running, [p for p in self.pins if p is not turn.claim], load))
         if not turn.running and not load.idle:
             hits = kwargs.get("num_new_computed_tokens", 0)
@@ -302,6 +304,7 @@ class ProgramMixin(Scheduler):
     def _admitted(self, turn: Turn, request: Request, hits: int) -> None:
         resumed = turn.admitted is not None
         waited = self.programs.admit(turn, self.load.now)
+        self._joined = True
         if not resumed:
             lost = max(min(turn.known, request.num_prompt_tokens - 1) - hits, 0)
             turn.job.recomputed += lost
@@ -323,6 +326,9 @@ class ProgramMixin(Scheduler):
         prefill = [(n, self.requests[rid].num_computed_tokens) for rid, n in scheduled.items() if n > 1]
         tokens = sum(n for n, _ in prefill)
         return tokens, sum(n * (done - n // 2) for n, done in prefill), len(scheduled) - len(prefill)
+
+    def _context(self) -> int:
+        return sum(request.num_computed_tokens for request in self.running)
 
     def gauges(self) -> dict[str, float | None]:
         """What the metrics show of this moment."""
