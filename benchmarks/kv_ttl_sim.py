@@ -30,7 +30,7 @@ from benchmarks.sim_cells import KNEE, LOADS, RL, TRACE, Cell, Run, simulate_run
 GRID = ("fcfs", "program_fcfs", "turnstile", "clairvoyant")
 OTHERS = ("plas", "ski_rental", "pin_to_pressure", "infercept")
 CAPS = (4, 8, 16)
-RL_CAPS = (8, 16, 32, 64)
+RL_CAPS = (8, 12, 16, 24, 32)
 TTLS = (1.0, 4.0, 16.0, 64.0)
 OURS, STOCK, BOUND = "turnstile", "fcfs", "clairvoyant"
 DRAWS = 2000  # of the bootstrap
@@ -66,8 +66,8 @@ def runs(cell: Cell, seed: int, full: bool) -> list[Run]:
 
 def rl_runs(seed: int, programs: int) -> list[Run]:
     found = []
-    for hardware, pool in RL.items():
-        cell = Cell("rl_batch", "batch", hardware, programs, pool)
+    for hardware in RL:
+        cell = Cell("rl_batch", "batch", hardware, programs)
         found += [Run(cell, policy, seed) for policy in GRID]
         found += [Run(cell, "program_cap", seed, (("cap", n),)) for n in RL_CAPS]
     return found
@@ -232,7 +232,7 @@ def main() -> None:
         for seed in range(args.seeds)
         for run in [
             *(run for cell in grid for run in runs(cell, seed, args.full)),
-            *(rl_runs(seed, 64 if args.quick else 512) if rl else []),
+            *(rl_runs(seed, 32 if args.quick else 256) if rl else []),
         ]
     )
     if grid:

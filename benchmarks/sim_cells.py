@@ -21,16 +21,16 @@ SCALE = 16  # real tokens behind a simulated one
 # Programs a second at which stock's mean delay is two to four times that of an idle engine.
 KNEE = {
     "h100_8b": {
-        "swe": 0.07, "bfcl": 0.25, "long_tools": 0.04, "mixed": 0.05, "swe_chat": 0.06, "drift": 0.07,
+        "swe": 0.09, "bfcl": 0.3, "long_tools": 0.05, "mixed": 0.06, "swe_chat": 0.08, "drift": 0.09,
         "sessions": 0.004, "no_tools": 3.0, "chat": 12.0, "cheap_prefill": 0.15,
     },
     "h100x4_70b": {
-        "swe": 0.03, "bfcl": 0.11, "long_tools": 0.022, "mixed": 0.025, "swe_chat": 0.02, "drift": 0.03,
+        "swe": 0.039, "bfcl": 0.13, "long_tools": 0.022, "mixed": 0.026, "swe_chat": 0.034, "drift": 0.039,
         "no_tools": 1.2, "chat": 5.0, "cheap_prefill": 0.06,
     },
 }  # fmt: skip
 LOADS = {"light": 0.5, "knee": 1.0, "overload": 2.0}
-RL = {"h100_8b": 150_000, "h100x4_70b": 150_000}  # pool for the RL batch: an engine that shares its GPU with a trainer
+RL = ("h100_8b", "h100x4_70b")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def workload(cell: Cell, seed: int) -> Any:
     from rollout.scheduling.workloads import generate
 
     if cell.workload == "rl_batch":
-        return generate("rl_batch", programs=cell.programs, seed=seed, group_size=16)
+        return generate("rl_batch", programs=cell.programs, seed=seed, group_size=8)
     rate = KNEE[cell.hardware][cell.workload] * LOADS[cell.load]
     if cell.workload == "sessions":
         return read_trace(TRACE, programs=cell.programs, rate=rate, seed=seed)

@@ -29,7 +29,7 @@ class Load:
     running: float = 1.0  # moving mean B of running requests
     waiting: int = 0
     idle: bool = True  # nothing runs
-    youngest: float = -math.inf  # arrival of the youngest job that runs: whom stock preempts if no pin goes
+    youngest: float = -math.inf  # number of the youngest job that runs: whom stock preempts if no pin goes
 
 
 class Policy:
@@ -39,7 +39,7 @@ class Policy:
 
     def key(self, turn: Turn) -> Key:
         """Place in the waiting queue, smallest first."""
-        return (turn.job.arrived,)
+        return (turn.job.number,)
 
     def arrived(self, turn: Turn) -> None:
         """A turn joins the queue."""
@@ -68,7 +68,7 @@ class Policy:
         Here the youngest job's goes, before a running request is preempted and where nothing runs (Continuum §4.3, read
         as its released code does: in our simulator letting every newcomer take pins costs it up to half of its gain).
         """
-        return iter(sorted(pins, key=_arrival, reverse=True) if running or load.idle else ())
+        return iter(sorted(pins, key=_rank, reverse=True) if running or load.idle else ())
 
 
 class ProgramFcfs(Policy):
@@ -89,7 +89,7 @@ class ProgramCap(Policy):
         self._active: set[Program] = set()
 
     def key(self, turn: Turn) -> Key:
-        return (turn.program not in self._active, turn.job.arrived)
+        return (turn.program not in self._active, turn.job.number)
 
     def promote(self, load: Load) -> bool:
         late = load.now - self.idle_limit
@@ -108,7 +108,7 @@ class Plas(Policy):
     """Program-level least attained service (Autellix §4): programs that ran least so far go first."""
 
     def key(self, turn: Turn) -> Key:
-        return (turn.program.served, turn.job.arrived)
+        return (turn.program.served, turn.job.number)
 
 
 class _Resident(Policy):
@@ -117,7 +117,7 @@ class _Resident(Policy):
     pins = True
 
     def key(self, turn: Turn) -> Key:
-        return (not turn.resident, turn.job.arrived)
+        return (not turn.resident, turn.job.number)
 
 
 class FixedTtl(_Resident):
@@ -147,7 +147,7 @@ class PinToPressure(_Resident):
 
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
         mine = running or load.idle
-        return iter(sorted((p for p in pins if mine or p.arrived > turn.job.arrived), key=_arrival, reverse=True))
+        return iter(sorted((p for p in pins if mine or p.rank > turn.job.number), key=_rank, reverse=True))
 
 
 class InferCept(_Resident):
@@ -159,7 +159,7 @@ class InferCept(_Resident):
     """
 
     def key(self, turn: Turn) -> Key:
-        return (turn.job.arrived,)
+        return (turn.job.number,)
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
         even = load.rebuild(tokens) * (tokens + load.context()) / max(tokens, 1)
@@ -187,7 +187,7 @@ class Continuum(_Resident):
 
     def key(self, turn: Turn) -> Key:
         preempted = turn.admitted is not None
-        return (0 if preempted else 1 if turn.resident else 2, turn.job.arrived)
+        return (0 if preempted else 1 if turn.resident else 2, turn.job.number)
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
         reload = load.rebuild(tokens)
@@ -243,7 +243,7 @@ class Turnstile(_Resident):
         self._express: set[Turn] = set()
 
     def key(self, turn: Turn) -> Key:
-        return (0 if turn.resident else 1 if turn.express else 2, turn.job.arrived)
+        return (0 if turn.resident else 1 if turn.express else 2, turn.job.number)
 
     def arrived(self, turn: Turn) -> None:
         if turn.first:
@@ -284,7 +284,7 @@ class Turnstile(_Resident):
 
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
         if not (running or turn.resident or turn.express or load.idle):
-            pins = [pin for pin in pins if pin.arrived > turn.job.arrived]  # who waits never takes from older jobs
+            pins = [pin for pin in pins if pin.rank > turn.job.number]  # who waits never takes from older jobs
         bad = {pin: self.bad(pin, load) for pin in pins}
         worst = sorted(pins, key=bad.__getitem__, reverse=True)
         if load.idle:  # progress before everything else
@@ -297,9 +297,9 @@ class Turnstile(_Resident):
             yield from (pin for pin in worst if bad[pin] > 1)  # 0 if its next turn waits
             if running or turn.resident:
                 # Then the youngest job, unless a younger one runs: that vLLM preempts.
-                younger = load.youngest if running else turn.job.arrived
-                rest = (pin for pin in pins if bad[pin] <= 1 and pin.arrived > younger)
-                yield from sorted(rest, key=_arrival, reverse=True)
+                younger = load.youngest if running else turn.job.number
+                rest = (pin for pin in pins if bad[pin] <= 1 and pin.rank > younger)
+                yield from sorted(rest, key=_rank, reverse=True)
 
 
 class Clairvoyant(Turnstile):
@@ -311,8 +311,8 @@ class Clairvoyant(Turnstile):
         return (pin.returns - load.now) / self.even(pin, load)
 
 
-def _arrival(pin: Pin) -> float:
-    return pin.arrived
+def _rank(pin: Pin) -> float:
+    return pin.rank
 
 
 def optimal_ttl(durations: Sequence[float], benefit: float) -> float:

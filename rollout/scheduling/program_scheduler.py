@@ -175,7 +175,7 @@ class ProgramMixin(Scheduler):
             self.counters.programs += len(self.programs) > before
             self.counters.turns += 1
         if self.policy == SchedulingPolicy.PRIORITY:
-            request.arrival_time = turn.job.arrived  # vLLM preempts the last by (priority, arrival)
+            request.arrival_time = float(turn.job.number)  # vLLM preempts the last by (priority, arrival)
         self._claim(turn, request)
         self.rule.arrived(turn)
 
@@ -263,7 +263,7 @@ class ProgramMixin(Scheduler):
             self.waiting.sort()  # who waited for a pin that went is resident no more
             self.pins.changed = False
         if self._joined:  # vLLM preempts the last of the running (FCFS): let that be the youngest job
-            self.running.sort(key=lambda request: turns[request.request_id].job.arrived)
+            self.running.sort(key=lambda request: turns[request.request_id].job.number)
             self._joined = False
 
     def _allocate(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
@@ -283,7 +283,7 @@ class ProgramMixin(Scheduler):
         load = self.load
         load.idle = not self.running
         if turn.running:
-            load.youngest = max(self.programs.turns[r.request_id].job.arrived for r in self.running)
+            load.youngest = max(self.programs.turns[r.request_id].job.number for r in self.running)
         victims = list(self.rule.victims(turn, turn.running, [p for p in self.pins if p is not turn.claim], load))
         if not turn.running and not load.idle:
             hits = kwargs.get("num_new_computed_tokens", 0)

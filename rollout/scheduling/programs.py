@@ -31,7 +31,10 @@ Marks = tuple[tuple[int, Any], ...]  # (tokens, hash of the block that ends ther
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """User message → final answer. Seconds are the scheduler's clock."""
+    """User message → final answer. Seconds are the scheduler's clock.
+
+    Jobs are numbered by arrival, and ordered by number: those that come at once stand in the order in which they came.
+    """
 
     number: int
     arrived: float
@@ -71,9 +74,9 @@ class Pin:
         return self.program.waiting > 0
 
     @property
-    def arrived(self) -> float:
-        """Age of the claim: of the job in progress; a job that a person has yet to start is younger than all."""
-        return math.inf if self.program.job_ended else self.program.job.arrived
+    def rank(self) -> float:
+        """Age of the claim: the number of the job in progress. One that a person has yet to start is the youngest."""
+        return math.inf if self.program.job_ended else self.program.job.number
 
 
 @dataclass(eq=False, slots=True)
