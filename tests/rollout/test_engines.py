@@ -266,29 +266,41 @@ ODD_NAMES = ("plain", "a/b", "a/b/release", "ü€ ß", "..", "x?y=1#z", "%41%2F
 NO_NAMES = ("", "line\nbreak", "n" * 257)
 
 
+def snapshot(engine: Engine, run: Loop) -> Snapshot | None:
+    """Our scheduler's numbers of now: they are published when a request ends, at most once a second."""
+    time.sleep(1.0)
+    generate(engine, run, [1, 2], Sampling(max_tokens=2), program="")
+    return read_snapshot(engine.log_path.with_name(NUMBERS)) if isinstance(engine, vllm_engines_remote()) else None
+
+
 def test_release_reaches_the_scheduler_whatever_the_name(engine: Engine, run: Loop) -> None:
     """KV is kept for every program that has a name, and let go by exactly that name."""
     (ids,) = prompts(1, length=80)
-
-    def snapshot() -> Snapshot | None:
-        """The scheduler's numbers of now: they are published when a request ends, once a second."""
-        time.sleep(1.0)
-        generate(engine, run, ids, Sampling(max_tokens=2), program="")
-        return read_snapshot(engine.log_path.with_name(NUMBERS)) if getattr(engine, "log_path", None) else None
-
-    before = snapshot()
+    before = snapshot(engine, run)
     for name in (*ODD_NAMES, *NO_NAMES):
         generate(engine, run, ids, Sampling(max_tokens=2), program=name)
-    kept = snapshot()
+    kept = snapshot(engine, run)
     for name in (*ODD_NAMES, *NO_NAMES, "never seen"):
         run(engine.release(name))
-    after = snapshot()
-    if before is None:  # a scheduler that keeps nothing
+    after = snapshot(engine, run)
+    if before is None or kept is None or after is None:  # a scheduler that keeps nothing
         return
     assert kept.counters["programs"] - before.counters["programs"] == len(ODD_NAMES)
     assert kept.gauges["pins_now"] - before.gauges["pins_now"] == len(ODD_NAMES)
     assert after.drops["release"] - kept.drops["release"] == len(ODD_NAMES)
     assert after.gauges["pins_now"] == before.gauges["pins_now"]
+
+
+def test_new_weights_drop_what_was_kept(engine: Engine, run: Loop, trainer_model: Any) -> None:
+    if not isinstance(engine, vllm_engines_remote()):
+        pytest.skip("stock vLLM keeps nothing")
+    generate(engine, run, *prompts(1, length=80), Sampling(max_tokens=2), program="kept")
+    kept = snapshot(engine, run)
+    run(engine.update_weights(named_weights(trainer_model), engine.version + 1))
+    after = snapshot(engine, run)
+    assert kept.gauges["pins_now"] > after.gauges["pins_now"] == 0
+    dropped = sum(after.drops.values()) - sum(kept.drops.values())
+    assert dropped == after.drops["pause"] - kept.drops["pause"] == kept.gauges["pins_now"]
 
 
 def test_a_running_server_can_be_joined(engine: Engine, run: Loop, model_dir: Path) -> None:

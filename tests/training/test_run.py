@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from rollout.plots import read_jsonl
+from rollout.scheduling.files import LATENCIES, NUMBERS
+from rollout.scheduling.latency import ToolLatencies
+from rollout.scheduling.metrics import read_snapshot
 from tests.training.launch import SMALL, context, train
 
 
@@ -46,6 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.every=2",
         "evaluation.questions=10",
         "checkpoint.every=2",
+        "scheduler=turnstile",
         f"run_dir={root / 'run'}",
     ]
     code, text = run(overrides, root / "log")
@@ -68,6 +72,20 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     assert summary["seconds_by_stage"].keys() == {"warm_start", "engine_start", "evaluation", "training"}
     evaluations = json.loads((finished / "stages.json").read_text())["evaluations"]
     assert [e["step"] for e in evaluations] == [0, 2, 4]
+
+
+def test_the_scheduler_kept_its_numbers_and_latencies_travel(finished: Path) -> None:
+    numbers = read_snapshot(finished / NUMBERS)
+    trained = 2 * 4 * 2  # rounds of two steps, prompts, samples
+    evaluated = 2 * (10 + 20 + 10)  # sampled and greedy; the one between asks all of the test split
+    assert numbers.counters["programs"] == trained + evaluated
+    assert numbers.counters["pins"] == numbers.counters["claims"] + sum(numbers.drops.values()) > 0
+    assert numbers.drops["release"] > 0 == numbers.gauges["pins_now"], "every episode released its program"
+    ToolLatencies().load(finished / LATENCIES)
+    for step in (2, 4):
+        folder = finished / "checkpoints" / f"step-{step}"
+        ToolLatencies().load(folder / LATENCIES)
+        assert LATENCIES in json.loads((folder / "parts.json").read_text())
 
 
 def test_the_checkpoint_is_an_ordinary_folder(finished: Path) -> None:
