@@ -21,15 +21,15 @@ SCALE = 16  # real tokens behind a simulated one
 # Programs a second at which stock's mean delay is two to four times that of an idle engine.
 KNEE = {
     "h100_8b": {
-        "swe": 0.09, "bfcl": 0.3, "long_tools": 0.05, "mixed": 0.06, "swe_chat": 0.08, "drift": 0.09,
+        "swe": 0.072, "bfcl": 0.24, "long_tools": 0.038, "mixed": 0.046, "swe_chat": 0.06, "drift": 0.07,
         "sessions": 0.004, "no_tools": 3.0, "chat": 12.0, "cheap_prefill": 0.15,
     },
     "h100x4_70b": {
-        "swe": 0.039, "bfcl": 0.13, "long_tools": 0.022, "mixed": 0.026, "swe_chat": 0.034, "drift": 0.039,
+        "swe": 0.032, "bfcl": 0.11, "long_tools": 0.017, "mixed": 0.021, "swe_chat": 0.026, "drift": 0.031,
         "no_tools": 1.2, "chat": 5.0, "cheap_prefill": 0.06,
     },
 }  # fmt: skip
-LOADS = {"light": 0.5, "knee": 1.0, "overload": 2.0}
+LOADS = {"light": 0.6, "knee": 1.0, "overload": 2.5}
 RL = ("h100_8b", "h100x4_70b")
 
 

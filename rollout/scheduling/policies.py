@@ -29,6 +29,7 @@ class Load:
     running: float = 1.0  # moving mean B of running requests
     waiting: int = 0
     idle: bool = True  # nothing runs
+    short: float = -math.inf  # when memory was last asked for in vain
     youngest: float = -math.inf  # number of the youngest job that runs: whom stock preempts if no pin goes
 
 
@@ -36,6 +37,7 @@ class Policy:
     """Jobs by arrival, first come first served, nothing kept: the base of all."""
 
     pins = False
+    pressed = True  # whether the order applies now: of waiting requests, and of whom vLLM preempts first
 
     def key(self, turn: Turn) -> Key:
         """Place in the waiting queue, smallest first."""
@@ -228,21 +230,31 @@ class Turnstile(_Resident):
     R(n) seconds of the engine, while the memory they hold would let one more request run, which is worth 1/B of an
     engine second each second. ``k`` is for tools, ``k_person`` for pauses of persons, who seldom come back soon. First
     turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory.
+    While memory has sufficed for ``calm`` seconds the order is stock's.
     """
 
     def __init__(
-        self, k: float = 5.0, k_person: float = 1.0, express_after: float = 1.0, express_share: float = 0.1
+        self,
+        k: float = 5.0,
+        k_person: float = 1.0,
+        express_after: float = 1.0,
+        express_share: float = 0.1,
+        calm: float = 60.0,
     ) -> None:
         if not (k > 0 and k_person > 0):
             raise ValueError(f"k={k} and k_person={k_person} must be above 0")
         if not (express_after >= 0 and 0 <= express_share <= 1):
             raise ValueError(f"express_after={express_after} must be >= 0 and express_share={express_share} in [0, 1]")
-        self.k, self.k_person = k, k_person
+        if not calm >= 0:
+            raise ValueError(f"calm={calm} must be a number of seconds >= 0")
+        self.k, self.k_person, self.calm, self.pressed = k, k_person, calm, False
         self.express_after, self.express_share = express_after, express_share
         self._first: deque[Turn] = deque()  # first turns that wait, by arrival
         self._express: set[Turn] = set()
 
     def key(self, turn: Turn) -> Key:
+        if not self.pressed:
+            return (turn.order,)
         return (0 if turn.resident else 1 if turn.express else 2, turn.job.number)
 
     def arrived(self, turn: Turn) -> None:
@@ -250,9 +262,11 @@ class Turnstile(_Resident):
             self._first.append(turn)
 
     def promote(self, load: Load) -> bool:
-        late, first, promoted = load.now - self.express_after, self._first, False
+        pressed = load.now - load.short < self.calm
+        changed, self.pressed = pressed != self.pressed, pressed
+        late, first = load.now - self.express_after, self._first
         if not first or first[0].arrived > late:
-            return False
+            return changed
         self._express = {turn for turn in self._express if not turn.finished}
         room = self.express_share * load.pool_tokens - sum(turn.tokens for turn in self._express)
         while first and first[0].arrived <= late:
@@ -263,10 +277,10 @@ class Turnstile(_Resident):
             if self._express and turn.tokens > room:
                 break
             first.popleft()
-            turn.express = promoted = True
+            turn.express = changed = True
             self._express.add(turn)
             room -= turn.tokens
-        return promoted
+        return changed
 
     def hold(self, turn: Turn, tool: str | None, tokens: int, load: Load) -> float:
         return 0.0 if turn.express and load.waiting else math.inf

@@ -262,7 +262,9 @@ class ProgramMixin(Scheduler):
         if self.rule.promote(load) or self.pins.changed:
             self.waiting.sort()  # who waited for a pin that went is resident no more
             self.pins.changed = False
-        if self._joined:  # vLLM preempts the last of the running (FCFS): let that be the youngest job
+        if (
+            self._joined and self.rule.pressed
+        ):  # vLLM preempts the last of the running (FCFS): let that be the youngest job
             self.running.sort(key=lambda request: turns[request.request_id].job.number)
             self._joined = False
 
@@ -274,6 +276,8 @@ class ProgramMixin(Scheduler):
         turn = self.programs.turns[request.request_id]
         if blocks is None and self.pins:
             blocks = self._release_for(turn, request, num_new_tokens, kwargs)
+        if blocks is None:
+            self.load.short = self.load.now
         if blocks is not None and not turn.running and request.status in WAITING:
             self._admitted(turn, request, kwargs.get("num_new_computed_tokens", 0))
         return blocks
