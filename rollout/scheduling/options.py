@@ -38,6 +38,8 @@ class Options:
         values = {name: value for name, value in given.items() if name in own and value is not None}
         for name in ("latencies", "save_latencies", "metrics_path"):
             if name in values:
+                if not isinstance(values[name], str | Path) or not str(values[name]):
+                    raise UserError(f"scheduler options: {name}={values[name]!r} is no path; give the name of a file")
                 values[name] = Path(values[name])
         options = cls(**values, settings={name: value for name, value in given.items() if name not in own})
         options._check()
@@ -55,7 +57,7 @@ class Options:
             for k, v in inspect.signature(member.__init__).parameters.items()
             if k not in ("self", "args", "kwargs")
         }
-        unknown = sorted(set(self.settings) - set(wanted))
+        unknown = sorted(set(self.settings) - set(wanted), key=str)
         if unknown:
             known = sorted({*wanted, *(f.name for f in fields(self) if f.name != "settings")})
             raise UserError(f"scheduler options: {self.policy} knows no {unknown[0]!r}; there are: {', '.join(known)}")
@@ -64,9 +66,12 @@ class Options:
             raise UserError(
                 f"scheduler options: {self.policy} needs {missing[0]}; give scheduler.options.{missing[0]}=…"
             )
+        for name, value in self.settings.items():
+            if not _number(value):
+                raise UserError(f"scheduler options: {self.policy}: {name}={value!r} is no number")
         try:
             return member(**self.settings)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"scheduler options: {self.policy}: {error}") from error
 
     def _check(self) -> None:
@@ -74,7 +79,20 @@ class Options:
             raise UserError(
                 f"scheduler options: unknown policy {self.policy!r}; there are: {', '.join((*STOCK, *POLICIES))}"
             )
-        if isinstance(self.max_pinned, bool) or not 0 < float(self.max_pinned) <= 1:
-            raise UserError(f"scheduler options: max_pinned={self.max_pinned!r} must lie in (0, 1]")
+        if not _number(self.max_pinned) or not 0 < self.max_pinned <= 1:
+            raise UserError(f"scheduler options: max_pinned={self.max_pinned!r} must be a number in (0, 1]")
+        if not isinstance(self.infer_programs, bool):
+            raise UserError(f"scheduler options: infer_programs={self.infer_programs!r} must be true or false")
+        port = self.metrics_port
+        if port is not None and (not isinstance(port, int) or not _number(port) or not 0 <= port < 1 << 16):
+            raise UserError(f"scheduler options: metrics_port={port!r} must be a whole number from 0 to 65535")
+        if self.save_latencies is not None and not self.save_latencies.absolute().parent.is_dir():
+            raise UserError(
+                f"scheduler options: save_latencies={self.save_latencies}: there is no such folder; make it first"
+            )
         if self.policy in STOCK and self.settings:
             raise UserError(f"scheduler options: {self.policy} is stock and knows no {next(iter(self.settings))!r}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
