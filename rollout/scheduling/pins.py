@@ -95,12 +95,20 @@ class Pins:
             self._counters.drops[cause] += 1
 
     def expire(self, now: float) -> None:
-        """Remove the pins whose time is over, but for those whose next turn already waits."""
+        """Remove the pins whose time is over, but for those whose next turn already waits: these when it does not."""
+        late = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            pin = heapq.heappop(self._deadlines)[2]
-            if pin in self._pins and not pin.returning:
+            entry = heapq.heappop(self._deadlines)
+            pin = entry[2]
+            if pin not in self._pins:
+                continue
+            if pin.returning:
+                late.append(entry)
+            else:
                 self.remove(pin)
                 self._counters.expiries += 1
+        for entry in late:
+            heapq.heappush(self._deadlines, entry)
 
     def _mine(self, block: KVCacheBlock) -> bool:
         return not block.is_null and (block.pool is None or block.pool is self._pool)
