@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 UNKNOWN = "unknown"  # the engine has no tokenizer: whether a tool was called is for the client to say
+INFERRED = "inferred-"  # how the names begin that are given to programs that have none
 LONGEST = 256  # characters of a program's name; longer ones, and what is no text, name nothing
 STOP_TAIL = 64  # output tokens in which a stop string is looked for
 
@@ -26,7 +27,7 @@ class Identity:
     def program(self, request: Request) -> str | None:
         """vLLM's ``session_id``, or ``extra_args["session_id"]``; else by its prefix; None for a request on its own."""
         for name in (request.session_id, _extra(request, "session_id")):
-            if isinstance(name, str) and 0 < len(name) <= LONGEST and name.isprintable():
+            if isinstance(name, str) and 0 < len(name) <= LONGEST and name.isprintable() and not self._taken(name):
                 return name
         return self._prefixes.find(request.all_token_ids, request.block_hashes) if self._prefixes is not None else None
 
@@ -62,6 +63,9 @@ class Identity:
         name = name or self._prefixes.name()
         self._prefixes.finished(name, request.num_prompt_tokens, request.all_token_ids, request.block_hashes)
         return name
+
+    def _taken(self, name: str) -> bool:
+        return self._prefixes is not None and name.startswith(INFERRED)
 
     def forget(self, name: str) -> None:
         if self._prefixes is not None:
