@@ -6,6 +6,7 @@ pressure before any preemption, and on weight update, pause, reset and shutdown;
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from rollout.scheduling.program_queue import ProgramQueue
 from rollout.scheduling.programs import RELEASE, Marks, Pin, Programs, Turn
 from rollout.scheduling.rebuild import RebuildTime
 
+log = logging.getLogger(__name__)
 RUNNING_STEPS = 64  # steps over which the mean of running requests moves
 SAVE_EVERY = 30.0  # seconds between two copies of the tool latencies
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -105,8 +107,8 @@ class ProgramMixin(Scheduler):
             self._updated = now
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.publisher.tick(now, idle=not self.requests)
-        if self.options.save_latencies is not None and now >= self._saved + SAVE_EVERY:
-            self.latencies.save(self.options.save_latencies)
+        if now >= self._saved + SAVE_EVERY:
+            self._save_latencies()
             self._saved = now
         return outputs
 
@@ -114,6 +116,8 @@ class ProgramMixin(Scheduler):
         self.pins.drop(self.pins, "reset")
         for program in self.programs:
             program.marks = ()  # what has to be computed again now is nobody's loss
+        for turn in self.programs.turns.values():
+            turn.known = 0
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def set_pause_state(self, pause_state: PauseState) -> None:
@@ -123,8 +127,7 @@ class ProgramMixin(Scheduler):
 
     def shutdown(self) -> None:
         self.pins.drop(self.pins, "shutdown")
-        if self.options.save_latencies is not None:
-            self.latencies.save(self.options.save_latencies)
+        self._save_latencies()
         self.publisher.close()
         super().shutdown()
 
@@ -151,6 +154,7 @@ class ProgramMixin(Scheduler):
         if program is not None:
             self.pins.drop(program.pins, "release")
             self.identity.forget(name)
+            self.programs.last(program)
             self.programs.forget(program)
 
     def _activate(self) -> None:
@@ -159,7 +163,10 @@ class ProgramMixin(Scheduler):
         self.kv_cache_manager.allocate_slots = self._allocate  # type: ignore[method-assign]
         stock = list(self.waiting)
         self.waiting = ProgramQueue(self.rule, self.programs.turns, self.policy == SchedulingPolicy.PRIORITY)
-        for request in [*self.running, *self.kv_holding_waiting, *stock]:
+        present = [*self.running, *self.kv_holding_waiting, *stock]
+        if self.policy == SchedulingPolicy.PRIORITY:
+            present.sort(key=lambda request: request.arrival_time)
+        for request in present:
             self._arrive(request, None)
             if request.status == RequestStatus.RUNNING:
                 self.programs.admit(self.programs.turns[request.request_id], self.load.now)
@@ -223,7 +230,8 @@ class ProgramMixin(Scheduler):
             self.counters.jobs += 1
             self.rule.ended(job)
             self.publisher.record(job.record(program.id, now), now)
-        if turn.last and not program.live:
+        if turn.last:
+            self.programs.last(program)  # sub-agents that outlive it
             self.programs.forget(program)
 
     def _keep(self, turn: Turn, request: Request, tool: str | None) -> None:
@@ -243,10 +251,10 @@ class ProgramMixin(Scheduler):
         fresh = self.pins.fresh(blocks)
         shared = tokens - tokens * fresh // max(len(blocks), 1)
         pin = Pin(program, blocks, marks, tokens, fresh, self.rebuild(tokens - shared, shared), load.now)
-        pin.deadline = load.now + seconds
+        pin.deadline, pin.priority = load.now + seconds, turn.priority
         if self.true_gap is not None:
             pin.returns = load.now + self.true_gap(request)
-        older = [p for p in program.pins if self._held_tokens(request, p.marks)]  # of the same branch
+        older = [p for p in program.pins if self._held_tokens(request, p.marks[-1:])]  # whose end it goes beyond
         if self.pins.add(pin):
             self.pins.drop(older, "replaced")
 
@@ -288,7 +296,7 @@ class ProgramMixin(Scheduler):
         load.idle = not self.running
         if turn.running:
             load.youngest = max(self.programs.turns[r.request_id].job.number for r in self.running)
-        victims = list(self.rule.victims(turn, turn.running, [p for p in self.pins if p is not turn.claim], load))
+        victims = self._victims(turn)
         if not turn.running and not load.idle:
             hits = kwargs.get("num_new_computed_tokens", 0)
             missing = (
@@ -304,6 +312,19 @@ class ProgramMixin(Scheduler):
             if blocks is not None:
                 return blocks
         return None
+
+    def _victims(self, turn: Turn) -> list[Pin]:
+        """The pins that may go for ``turn``, first to go first."""
+        pins = [pin for pin in self.pins if pin is not turn.claim]
+        lower: list[Pin] = []
+        if self.policy == SchedulingPolicy.PRIORITY:  # of clients who matter less: the policy has no say in that
+            lower = [pin for pin in pins if pin.priority > turn.priority]
+            lower.sort(key=lambda pin: (pin.priority, pin.rank), reverse=True)
+            pins = [pin for pin in pins if pin.priority <= turn.priority]
+        victims = [*lower, *self.rule.victims(turn, turn.running, pins, self.load)]
+        if self.load.idle and turn.claim is not None and turn.resident:
+            victims.append(turn.claim)  # at last its own: the answer in it may have been written anew, and never hits
+        return victims
 
     def _admitted(self, turn: Turn, request: Request, hits: int) -> None:
         resumed = turn.admitted is not None
@@ -333,6 +354,15 @@ class ProgramMixin(Scheduler):
 
     def _context(self) -> int:
         return sum(request.num_computed_tokens for request in self.running)
+
+    def _save_latencies(self) -> None:
+        path = self.options.save_latencies
+        if path is None:
+            return
+        try:
+            self.latencies.save(path)
+        except OSError as error:  # a full disk must not stop the engine
+            log.warning("save_latencies: %s cannot be written (%s); it is stale until it can", path, error)
 
     def gauges(self) -> dict[str, float | None]:
         """What the metrics show of this moment."""

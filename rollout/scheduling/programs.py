@@ -66,6 +66,7 @@ class Pin:
     rebuild: float  # seconds that computing those again would take
     since: float
     deadline: float = math.inf
+    priority: int = 0  # of the client
     returns: float = math.inf  # when the next turn truly comes; known to the simulator alone
 
     @property
@@ -113,6 +114,7 @@ class Turn:
     order: int
     first: bool  # of its job: nothing of it was served yet
     priority: int = 0
+    since: float = 0.0  # when it last began to wait
     express: bool = False
     last: bool = False
     running: bool = False
@@ -123,7 +125,7 @@ class Turn:
 
     @property
     def resident(self) -> bool:
-        return self.claim is not None
+        return self.claim is not None and bool(self.claim.blocks)  # a pin that went holds none
 
 
 class Programs:
@@ -164,7 +166,7 @@ class Programs:
             self._close_gap(program, now, tool)
         self._programs.move_to_end(key)
         job = program.job
-        turn = Turn(request_id, program, job, now, tokens, self._arrivals, first=job.turns == 0)
+        turn = Turn(request_id, program, job, now, tokens, self._arrivals, first=job.turns == 0, since=now)
         job.turns += 1
         job.tokens = max(job.tokens, tokens)
         program.turns += 1
@@ -177,7 +179,7 @@ class Programs:
     def admit(self, turn: Turn, now: float) -> float:
         """The engine took the turn up; returns the seconds it waited since it arrived or was preempted."""
         now = self.clock(now)
-        waited = now - turn.arrived if turn.admitted is None else 0.0
+        waited = now - turn.since
         turn.admitted, turn.running = now, True
         turn.job.waited += waited
         turn.program.waiting -= 1
@@ -186,8 +188,9 @@ class Programs:
 
     def preempt(self, turn: Turn, now: float) -> None:
         now = self.clock(now)
-        turn.running = False
-        turn.program.served += now - (turn.admitted or now)
+        assert turn.admitted is not None
+        turn.running, turn.since = False, now
+        turn.program.served += now - turn.admitted
         turn.program.running -= 1
         turn.program.waiting += 1
         turn.job.preempted += 1
@@ -199,17 +202,25 @@ class Programs:
         del self.turns[turn.request_id]
         turn.finished = True
         if turn.running:
+            assert turn.admitted is not None
             program.running -= 1
-            program.served += now - (turn.admitted or now)
+            program.served += now - turn.admitted
         else:
             program.waiting -= 1
         program.seen = now
         program.tool = tool or PERSON
         program.job_ended = (tool is None or turn.last or aborted) and not program.live
 
+    def last(self, program: Program) -> None:
+        """Nobody will come back to it: its turns in the engine are its last."""
+        for turn in self.turns.values():
+            if turn.program is program:
+                turn.last = True
+
     def forget(self, program: Program) -> None:
         """Drop a program that is gone; one with turns in the engine stays until they end."""
         if not program.live:
+            program.job_ended = True  # for a policy that still counts it
             self._programs.pop(program.id, None)
 
     def rename(self, program: Program, name: str) -> None:
@@ -242,4 +253,4 @@ class Programs:
             oldest = next((p for p in self._programs.values() if not p.live and not p.pins), None)
             if oldest is None:
                 return
-            del self._programs[oldest.id]
+            self.forget(oldest)
