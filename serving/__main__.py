@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import signal
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     command = server_command(config, checkpoint.path, name, parsers, template, cpu=cpu)
     # nobind: vLLM would bind its threads to core 0 and reserve core 1, which slows every second process of a machine
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    # vLLM closes idle connections after 5 s, when clients give them up too: a request after such a pause may get lost
+    environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     server = Server(command, environment, url, run_dir / "engine.log")
     ready = False
     try:

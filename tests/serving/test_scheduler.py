@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
@@ -42,7 +43,7 @@ def scheduled(checkpoint: Path, run_dir: Path) -> Iterator[Serving]:
         f"checkpoint={folder}",
         "port=0",
         f"run_dir={run_dir}",
-        "max_model_len=256",
+        "max_model_len=2048",
         "kv_cache_gib=0.01",
         "+extra.block-size=32",
         "+extra.enable-prompt-tokens-details=true",
@@ -92,6 +93,17 @@ def ask(client: Any, messages: list[dict[str, Any]], **arguments: Any) -> Any:
 def test_what_runs_is_said(scheduled: Serving, url: str, run_dir: Path) -> None:
     assert f"scheduler   turnstile, with the tool latencies of {run_dir / 'step-7' / LATENCIES}\n" in scheduled.printed
     assert numbers(url)["pool_blocks"] > 0
+
+
+def test_a_connection_outlives_a_tool(url: str) -> None:
+    """The official client reuses connections for up to 5 s, and vLLM by default closes them after as many."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.auto_open = 0
+    connection.connect()
+    for pause in (0.0, 5.5):
+        time.sleep(pause)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b""
 
 
 def test_a_tool_call_is_a_pause_within_a_job(client: Any, url: str) -> None:
@@ -150,11 +162,12 @@ def test_release_and_the_last_turn_let_go(client: Any, url: str) -> None:
 
 def test_a_client_that_leaves_is_an_abort(client: Any, url: str) -> None:
     before = numbers(url)
-    arguments = {"stream": True, "extra_headers": {"X-Session-ID": "left"}, "extra_body": {"min_tokens": 200}}
+    arguments = {"stream": True, "extra_headers": {"X-Session-ID": "left"}, "extra_body": {"ignore_eos": True}}
     model = client.models.list().data[0].id
-    stream = client.chat.completions.create(model=model, messages=question(EASY), max_tokens=200, **arguments)
+    stream = client.chat.completions.create(model=model, messages=question(EASY), max_tokens=1900, **arguments)
     next(iter(stream))
     stream.close()
+    time.sleep(1.0)  # until the server has noticed; the request would go on for longer
     ask(client, question(EASY))
     assert grown(url, before, "programs", "turns", "aborts", "pins_now") == [1, 1, 1, 0]
 
