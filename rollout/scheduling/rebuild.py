@@ -5,9 +5,12 @@ from __future__ import annotations
 # One step's seconds ≈ w · (1, prefill tokens / 1e3, prefill tokens × context / 1e6, decoding requests / 1e2).
 SCALES = (1.0, 1e-3, 1e-6, 1e-2)
 FORGET = 0.999  # a step's weight halves after about 700 regressed steps: the fit follows drifting batches
-PRIOR = (0.0, 0.1, 0.0, 0.0)  # before anything was seen: 0.1 ms a token
-CLIP = 5.0  # a step this many times slower than predicted (compilation, a paused process) counts as this much only
-SETTLED = 20  # regressed steps after which predictions are trusted enough to clip by
+PRIOR = (0.01, 0.1, 0.0, 0.0)  # before anything was seen: 10 ms a step, 0.1 ms a token
+DOUBT = 100.0  # variance of each coefficient before anything was seen
+DOUBT_CAP = 1e4  # and at most: what steps do not vary in is not forgotten further
+WARM = 3  # regressed steps that do not count: an engine's first ones compile and allocate
+CLIP = 3.0  # a step this many times slower than predicted (a paused process) counts as this much only; more early on
+SETTLED = 20  # regressed steps after which it is believed
 DECODE_STEPS = 16  # of the steps without prefill one in so many is regressed: they are all alike
 
 
@@ -16,7 +19,7 @@ class RebuildTime:
 
     def __init__(self) -> None:
         self._w = list(PRIOR)
-        self._p = [[100.0 * (i == j) for j in range(4)] for i in range(4)]
+        self._p = [[DOUBT * (i == j) for j in range(4)] for i in range(4)]
         self._steps = 0
         self._skipped = 0
 
@@ -26,17 +29,20 @@ class RebuildTime:
             self._skipped += 1
             if self._skipped % DECODE_STEPS:
                 return
+        self._steps += 1
+        if self._steps <= WARM:
+            return
         x = [a * b for a, b in zip((1.0, prefill, prefill_context, decoding), SCALES, strict=True)]
         predicted = sum(a * b for a, b in zip(self._w, x, strict=True))
-        if self.settled and predicted > 0:
-            seconds = min(seconds, CLIP * predicted)
+        if predicted > 0:
+            seconds = min(seconds, CLIP * (1 + SETTLED / self._steps) * predicted)
+        # A direction that is never excited would grow without bound as the others are forgotten.
+        forget = FORGET if max(self._p[i][i] for i in range(4)) < DOUBT_CAP else 1.0
         px = [sum(row[j] * x[j] for j in range(4)) for row in self._p]
-        scale = FORGET + sum(a * b for a, b in zip(x, px, strict=True))
+        scale = forget + sum(a * b for a, b in zip(x, px, strict=True))
         error = seconds - predicted
         self._w = [w + error * k / scale for w, k in zip(self._w, px, strict=True)]
-        # A direction that is never excited would grow without bound as the others are forgotten: cap it.
-        self._p = [[min((self._p[i][j] - px[i] * px[j] / scale) / FORGET, 1e4) for j in range(4)] for i in range(4)]
-        self._steps += 1
+        self._p = [[(self._p[i][j] - px[i] * px[j] / scale) / forget for j in range(4)] for i in range(4)]
 
     @property
     def settled(self) -> bool:
