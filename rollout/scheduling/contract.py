@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any
 
 import vllm
+from vllm import SamplingParams
+from vllm.config import CacheConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from rollout.errors import UserError
 
@@ -32,9 +36,8 @@ METHODS: dict[type, dict[str, tuple[str, ...]]] = {
         "_free_request": ("request", "delay_free_blocks"),
         "_preempt_request": ("request", "timestamp", "drop_stale_output"),
     },
-    AsyncScheduler: {"_update_after_schedule": ("scheduler_output",)},
     KVCacheManager: {
-        "allocate_slots": ("request", "num_new_tokens", "num_new_computed_tokens", "new_computed_blocks"),
+        "allocate_slots": ("request", "num_new_tokens", "num_new_computed_tokens"),
         "get_blocks": ("request_id",),
         "estimate_cached_tokens": ("request",),
     },
@@ -45,18 +48,27 @@ METHODS: dict[type, dict[str, tuple[str, ...]]] = {
          "remove_requests", "__bool__", "__len__", "__iter__"), ()),
 }  # fmt: skip
 
-# Class → attributes that its constructor or its source must set.
+# Class → attributes that it must have, or that its source must set.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
-    Scheduler: ("waiting", "running", "requests", "policy", "kv_cache_manager", "block_size", "hash_block_size",
-                "structured_output_manager", "scheduler_config"),
-    KVCacheManager: ("block_pool", "watermark_blocks", "num_kv_cache_groups"),
+    Scheduler: ("waiting", "kv_holding_waiting", "running", "requests", "policy", "kv_cache_manager", "block_size",
+                "hash_block_size", "structured_output_manager", "parallel_config"),
+    KVCacheManager: ("block_pool",),
+    KVCacheBlocks: ("blocks",),
     BlockPool: ("free_block_queue", "num_gpu_blocks"),
-    FreeKVCacheBlockQueue: ("fake_free_list_head", "fake_free_list_tail", "num_free_blocks"),
+    FreeKVCacheBlockQueue: ("fake_free_list_tail", "num_free_blocks"),
     KVCacheBlock: ("ref_cnt", "block_id", "block_hash", "is_null", "pool", "prev_free_block", "next_free_block"),
-    Request: ("session_id", "sampling_params", "priority", "arrival_time", "block_hashes", "num_computed_tokens",
-              "num_tokens", "status", "output_token_ids", "prompt_token_ids"),
+    Request: ("request_id", "session_id", "sampling_params", "priority", "arrival_time", "status", "block_hashes",
+              "num_tokens", "num_prompt_tokens", "num_computed_tokens", "all_token_ids", "output_token_ids"),
+    RequestStatus: ("WAITING", "RUNNING", "PREEMPTED", "FINISHED_ABORTED", "FINISHED_ERROR"),
+    PauseState: ("UNPAUSED",),
+    SchedulingPolicy: ("PRIORITY",),
+    SchedulerOutput: ("num_scheduled_tokens", "total_num_scheduled_tokens"),
+    SamplingParams: ("stop", "extra_args"),
+    VllmConfig: ("cache_config", "scheduler_config", "additional_config"),
+    CacheConfig: ("enable_prefix_caching",),
+    SchedulerConfig: ("async_scheduling", "policy"),
+    ParallelConfig: ("data_parallel_index",),
 }  # fmt: skip
-
 
 _source = functools.cache(inspect.getsource)  # half a second for all of them: it parses whole files
 
@@ -67,16 +79,19 @@ def missing() -> list[str]:
     for owner, methods in METHODS.items():
         for name, parameters in methods.items():
             method = getattr(owner, name, None)
-            if method is None:
+            inherited = name not in vars(owner) and getattr(method, "__isabstractmethod__", False)
+            if method is None or inherited:
                 lacking.append(f"{owner.__name__}.{name}")
                 continue
             there = inspect.signature(method).parameters
             lacking += [f"{owner.__name__}.{name}({x})" for x in parameters if x not in there]
     for owner, names in ATTRIBUTES.items():
-        source = _source(owner)
-        lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and f"self.{x}" not in source
-                    and f"\n    {x}:" not in source]  # fmt: skip
+        lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and not _sets(owner, x)]
     return lacking
+
+
+def _sets(owner: type, name: str) -> bool:
+    return re.search(rf"\bself\.{name}\b|^    {name}:", _source(owner), re.MULTILINE) is not None
 
 
 def check(vllm_config: Any) -> None:
