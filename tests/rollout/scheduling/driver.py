@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -80,6 +81,12 @@ def build(
     if options is None:
         return (AsyncScheduler if asynchronous else Scheduler)(**parts)
     return factory(**parts)
+
+
+def attention(**window: Any) -> Any:
+    """The spec of a group with full attention, or with ``sliding_window=…`` tokens of it."""
+    kind: Any = SlidingWindowSpec if window else FullAttentionSpec
+    return kind(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32, **window)
 
 
 def request(

@@ -108,6 +108,12 @@ def test_streams_without_programs_are_scheduled_as_by_vllm(asynchronous: bool) -
     assert steps > 20_000 and preemptions > 400
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_many_more_streams(asynchronous: bool) -> None:
+    compare(range(1000, 7000), asynchronous)
+
+
 class Twins:
     """Sessions without a backlog, played to a scheduler that pins and to one that does not.
 

@@ -55,10 +55,12 @@ def test_hints() -> None:
     ):
         assert who.tool_before(request("r", [1], 1, extra_args={"tool": value})) == expected
     assert who.tool_before(request("r", [1], 1)) is None
-    for value in (True, 1, "1", "true"):
-        assert who.last_turn(request("r", [1], 1, extra_args={"last_turn": value}))
-    for value in (False, 0, "0", "false", "no", None, [], {}, 2):
-        assert not who.last_turn(request("r", [1], 1, extra_args={"last_turn": value}))
+    yes: list[Any] = [True, 1, "1", "true"]
+    no: list[Any] = [False, 0, "0", "false", "no", None, [], {}, 2]
+    for flag in yes:
+        assert who.last_turn(request("r", [1], 1, extra_args={"last_turn": flag}))
+    for flag in no:
+        assert not who.last_turn(request("r", [1], 1, extra_args={"last_turn": flag}))
     assert not who.last_turn(request("r", [1], 1))
 
 

@@ -98,7 +98,8 @@ def test_any_json_is_taken_or_refused(given: dict[str, Any]) -> None:
 
 
 def test_defaults() -> None:
-    for nothing in (None, {}, {"other": 1}, {"turnstile": {}}, [], "x"):
+    empty: tuple[Any, ...] = (None, {}, {"other": 1}, {"turnstile": {}}, [], "x")
+    for nothing in empty:
         options = Options.read(nothing)
         assert options == Options() and isinstance(options.build(), Turnstile)
     assert Options.read({"turnstile": {"policy": None, "latencies": None, "metrics_port": None}}) == Options()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,24 @@ import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import RequestStatus
 
 from rollout.errors import UserError
 from rollout.scheduling.programs import RELEASE
 from rollout.scheduling.vllm_plugin import AsyncProgramScheduler, ProgramScheduler, program_scheduler
-from tests.rollout.scheduling.driver import BLOCK, EOS, Driver, build, check, free_ids, request, said, tokenizer
+from tests.rollout.scheduling.driver import (
+    BLOCK,
+    EOS,
+    Driver,
+    attention,
+    build,
+    check,
+    free_ids,
+    request,
+    said,
+    tokenizer,
+)
 
 KEEP = "pin_to_pressure"
 CALL = [*said("<tool_call>ls"), EOS]
@@ -137,7 +147,7 @@ def test_an_abort_drops_what_a_program_kept() -> None:
 def test_a_released_program_keeps_nothing(how: str) -> None:
     driver = driven()
     scheduler = driver.scheduler
-    last = {"extra_args": {"last_turn": True}} if how.startswith("flag") else {}
+    last: dict[str, Any] = {"extra_args": {"last_turn": True}} if how.startswith("flag") else {}
     driver.add(request("one", [10] * 9, 8, session="s", **last), [11] * 7 + [EOS])
     if "outlives" in how:
         driver.add(request("two", [10] * 12, 16, session="s"), [11] * 15 + [EOS])
@@ -450,11 +460,6 @@ def test_a_full_disk_does_not_stop_the_engine(tmp_path: Path) -> None:
 
 
 # ---- more than one group of KV blocks
-
-
-def attention(**window: Any) -> Any:
-    kind: Callable[..., Any] = SlidingWindowSpec if window else FullAttentionSpec
-    return kind(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32, **window)
 
 
 GROUPS = {

@@ -76,9 +76,9 @@ def test_turns_that_overlap_share_a_job_and_the_gap_begins_with_the_last(program
 
 
 def test_no_gap_while_a_turn_is_in_the_engine(programs: Programs) -> None:
-    programs.arrive("a", "s", 10, 0.0)
+    turn = programs.arrive("a", "s", 10, 0.0)
     programs.arrive("b", "s", 10, 5.0, "bash")
-    assert not programs.latencies.total() and programs.get("s").job.gaps == 0.0
+    assert not programs.latencies.total() and turn.job.gaps == 0.0
 
 
 def test_an_abort_ends_the_job(programs: Programs) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from vllm.v1.core.sched.interface import PauseState
 
 from rollout.scheduling.policies import POLICIES
-from tests.rollout.scheduling.driver import EOS, Driver, build, check, free_ids, request, said, tokenizer
+from tests.rollout.scheduling.driver import EOS, Driver, attention, build, check, free_ids, request, said, tokenizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "program_cap": {"cap": 2, "idle_limit": 5.0},
@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SESSIONS = ["a", "b", "c", "d"]
 ANSWERS = ["ok", "<tool_call>ls", "well, STOP and more", "<tool_call>search it"]
-USABLE = 19  # blocks: 76 tokens
+USABLE = 19  # blocks of each group: 76 tokens
 LONGEST = 48  # tokens of a prompt, which fits with any answer
 PATIENCE = 60  # steps of 0.25 s in which something must be scheduled: three of program_cap's idle limits
 
@@ -38,9 +38,12 @@ class Clients(RuleBasedStateMachine):
         asynchronous = draw(st.booleans(), "async")
         options = {"policy": policy, "infer_programs": draw(st.booleans(), "infer"), **SETTINGS.get(policy, {})}
         options["max_pinned"] = draw(st.sampled_from([1.0, 1.0, 0.5, 0.1]), "cap on pins")
+        groups = draw(st.sampled_from([(), (), (attention(), attention(sliding_window=8))]), "groups")
+        self.usable = USABLE * max(1, len(groups))
         self.scheduler = build(
             options,
-            num_blocks=USABLE + 1,
+            num_blocks=self.usable + 1,
+            groups=groups,
             seqs=draw(st.sampled_from([1, 2, 4]), "seqs"),
             budget=draw(st.sampled_from([8, 32]), "budget"),
             by=draw(st.sampled_from(["fcfs", "fcfs", "priority"]), "by"),
@@ -90,7 +93,7 @@ class Clients(RuleBasedStateMachine):
         live = dict(self.driver.live)
         output = self.driver.step(seconds)
         for name, made in live.items():
-            stops = made.sampling_params.stop
+            stops = made.sampling_params is not None and made.sampling_params.stop
             if stops and "STOP" in tokenizer().decode(list(made.output_token_ids)) and name in self.driver.live:
                 self.driver.abort(name)  # as the front end does
             if name not in self.driver.live:
@@ -140,7 +143,7 @@ class Clients(RuleBasedStateMachine):
         check(scheduler)
         scheduler.shutdown()
         check(scheduler)
-        assert not scheduler.pins and len(free_ids(scheduler)) == USABLE
+        assert not scheduler.pins and len(free_ids(scheduler)) == self.usable
         for session in SESSIONS:
             scheduler.release(session)
         assert all(program.id.startswith("inferred-") for program in scheduler.programs)
