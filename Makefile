@@ -10,6 +10,8 @@ export PYTHON
 PURE := hydra_plugins/local_gpus benchmarks/report.py serving/config.py serving/parsers.py rollout/tools rollout/tasks \
 	$(addprefix rollout/,agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py weights.py \
 		engines/__init__.py) \
+	$(addprefix rollout/scheduling/,programs.py policies.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
+		metrics.py plots.py costs.py workloads.py traces.py results.py) \
 	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py head.py losses.py \
 		memory.py objective.py packing.py prompts.py selection.py rewards)
 

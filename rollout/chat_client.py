@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import quote
 
 import openai
 
@@ -80,7 +81,7 @@ class ChatSpeaker:
             max_completion_tokens=max_tokens,
             seed=None if server.seed is None else self._seed(server.seed, episode),
             extra_body={"chat_template_kwargs": {"reasoning": server.reasoning}},
-            extra_headers={"X-Session-ID": program_id(episode)},
+            extra_headers={"X-Session-ID": quote(program_id(episode), safe="")},  # a header holds Latin-1 alone
         )
         choice = reply.choices[0]
         turn, self._call_ids = _turn(choice.message)

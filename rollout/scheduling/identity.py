@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rollout.scheduling.prefixes import PrefixIndex
+from rollout.scheduling.programs import LONGEST_NAME
 from rollout.scheduling.tool_names import ToolNames, label
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = "unknown"  # the engine has no tokenizer: whether a tool was called is for the client to say
 INFERRED = "inferred-"  # how the names begin that are given to programs that have none
-LONGEST = 256  # characters of a program's name; longer ones, and what is no text, name nothing
 STOP_TAIL = 64  # output tokens in which a stop string is looked for
 
 
@@ -27,7 +27,7 @@ class Identity:
     def program(self, request: Request) -> str | None:
         """vLLM's ``session_id``, or ``extra_args["session_id"]``; else by its prefix; None for a request on its own."""
         for name in (request.session_id, _extra(request, "session_id")):
-            if isinstance(name, str) and 0 < len(name) <= LONGEST and name.isprintable() and not self._taken(name):
+            if isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable() and not self._taken(name):
                 return name
         return self._prefixes.find(request.all_token_ids, request.block_hashes) if self._prefixes is not None else None
 

@@ -94,6 +94,11 @@ class ToolLatencies:
         """How often any tool was observed, also tools forgotten since; persons do not count."""
         return self._all.count
 
+    @property
+    def observed(self) -> int:
+        """How many gaps were observed in all, persons' too."""
+        return self._all.count + self._person.count
+
     def tools(self) -> list[str]:
         """Names of the tools remembered, the one seen last at the end; ``PERSON`` is not among them."""
         return list(self._tools)

@@ -20,11 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout.scheduling.metrics import expose
 from rollout.scheduling.options import Options
-from rollout.scheduling.programs import RELEASE
+from rollout.scheduling.programs import LONGEST_NAME, RELEASE
 
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 RELEASE_TIMEOUT = 30.0  # seconds in which the engine must come round to a release: far more than a step takes
-LONGEST = 256  # characters of a program's name
 
 
 class ProgramMiddleware:
@@ -137,13 +136,13 @@ def check_name(name: Any, where: str) -> str:
     """The name of a program, or HTTPException 400."""
     if not isinstance(name, str):
         problem = f"a JSON {type(name).__name__}"
-    elif not 0 < len(name) <= LONGEST:
+    elif not 0 < len(name) <= LONGEST_NAME:
         problem = f"{len(name)} characters"
     elif not name.isprintable():
         problem = "a character that is not printable"
     else:
         return name
-    raise HTTPException(400, f"{where}: must be a string of 1 to {LONGEST} printable characters, got {problem}")
+    raise HTTPException(400, f"{where}: must be a string of 1 to {LONGEST_NAME} printable characters, got {problem}")
 
 
 def _path(scope: Scope) -> str:

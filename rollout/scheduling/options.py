@@ -23,7 +23,7 @@ class Options:
     infer_programs: bool = False  # requests without an id: a prompt that extends a finished request's goes on with it
     max_pinned: float = 1.0  # share of the pool that pins may hold at most
     latencies: Path | None = None  # tool latencies to start from
-    save_latencies: Path | None = None  # kept up to date here, and at shutdown
+    save_latencies: Path | None = None  # kept up to date here
     metrics_path: Path | None = None  # snapshot for the front end's /metrics, and records of finished jobs beside it
     metrics_port: int | None = None  # own Prometheus end point of the engine-core process
     settings: dict[str, Any] = field(default_factory=dict)  # of the policy
@@ -64,7 +64,7 @@ class Options:
         missing = [k for k, v in wanted.items() if v.default is inspect.Parameter.empty and k not in self.settings]
         if missing:
             raise UserError(
-                f"scheduler options: {self.policy} needs {missing[0]}; give scheduler.options.{missing[0]}=…"
+                f"scheduler options: {self.policy} needs {missing[0]}; give scheduler.options.{KEY}.{missing[0]}=…"
             )
         for name, value in self.settings.items():
             if not _number(value):

@@ -28,12 +28,12 @@ from rollout.scheduling.options import Options
 from rollout.scheduling.pins import Pins
 from rollout.scheduling.policies import Load
 from rollout.scheduling.program_queue import ProgramQueue
-from rollout.scheduling.programs import RELEASE, Marks, Pin, Programs, Turn
+from rollout.scheduling.programs import RELEASE, Job, Marks, Pin, Program, Programs, Turn
 from rollout.scheduling.rebuild import RebuildTime
 
 log = logging.getLogger(__name__)
 RUNNING_STEPS = 64  # steps over which the mean of running requests moves
-SAVE_EVERY = 30.0  # seconds between two copies of the tool latencies
+SAVE_EVERY, SAVE_IDLE = 30.0, 1.0  # seconds between two copies of the tool latencies, under load and when it ends
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -62,6 +62,7 @@ class ProgramMixin(Scheduler):
         self._in_flight: deque[tuple[float, int, int, int]] = deque()  # of each step: start, and what it does
         self._updated = -math.inf
         self._saved = -math.inf
+        self._seen = -1
         self._stock_allocate = self.kv_cache_manager.allocate_slots
         self.publisher = Publisher(
             self.counters,
@@ -87,7 +88,10 @@ class ProgramMixin(Scheduler):
             request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
             for name in (x[len(RELEASE) :] for x in request_ids if x.startswith(RELEASE)):
                 self.release(name)
-        return super().finish_requests(request_ids, finished_status)
+        finished = super().finish_requests(request_ids, finished_status)
+        if not self.requests:  # no step follows
+            self._publish(self.load.now)
+        return finished
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         now = self.load.now = self.programs.clock(self.clock())
@@ -106,10 +110,7 @@ class ProgramMixin(Scheduler):
             self.rebuild.observe(now - max(started, self._updated), *work)
             self._updated = now
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.publisher.tick(now, idle=not self.requests)
-        if now >= self._saved + SAVE_EVERY:
-            self._save_latencies()
-            self._saved = now
+        self._publish(now)
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -155,6 +156,8 @@ class ProgramMixin(Scheduler):
             self.pins.drop(program.pins, "release")
             self.identity.forget(name)
             self.programs.last(program)
+            if not (program.live or program.job_ended):
+                self._job_ended(program, program.job, self.programs.clock(self.clock()))
             self.programs.forget(program)
 
     def _activate(self) -> None:
@@ -227,12 +230,15 @@ class ProgramMixin(Scheduler):
         elif computed:
             self._keep(turn, request, tool)
         if program.job_ended:
-            self.counters.jobs += 1
-            self.rule.ended(job)
-            self.publisher.record(job.record(program.id, now), now)
+            self._job_ended(program, job, now)
         if turn.last:
             self.programs.last(program)  # sub-agents that outlive it
             self.programs.forget(program)
+
+    def _job_ended(self, program: Program, job: Job, now: float) -> None:
+        self.counters.jobs += 1
+        self.rule.ended(job)
+        self.publisher.record(job.record(program.id, now), now)
 
     def _keep(self, turn: Turn, request: Request, tool: str | None) -> None:
         """Mark how far the turn was computed and, if the policy says so, pin its blocks."""
@@ -355,14 +361,24 @@ class ProgramMixin(Scheduler):
     def _context(self) -> int:
         return sum(request.num_computed_tokens for request in self.running)
 
+    def _publish(self, now: float) -> None:
+        """Let out what has changed: soon where the engine falls idle, for it may be killed in its sleep."""
+        idle = not self.requests
+        self.publisher.tick(now, idle=idle)
+        if now >= self._saved + (SAVE_IDLE if idle else SAVE_EVERY):
+            self._save_latencies()
+            self._saved = now
+
     def _save_latencies(self) -> None:
-        path = self.options.save_latencies
-        if path is None:
+        path, seen = self.options.save_latencies, self.latencies.observed
+        if path is None or seen == self._seen:
             return
         try:
             self.latencies.save(path)
         except OSError as error:  # a full disk must not stop the engine
             log.warning("save_latencies: %s cannot be written (%s); it is stale until it can", path, error)
+        else:
+            self._seen = seen
 
     def gauges(self) -> dict[str, float | None]:
         """What the metrics show of this moment."""

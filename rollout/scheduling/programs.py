@@ -23,6 +23,7 @@ from rollout.scheduling.counters import JobRecord
 from rollout.scheduling.latency import PERSON, ToolLatencies
 
 RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
+LONGEST_NAME = 256  # characters of a program's name
 MOST_PROGRAMS = 65_536  # idle programs remembered beyond this many are forgotten, oldest first
 
 

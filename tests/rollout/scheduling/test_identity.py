@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from vllm.v1.request import Request
 
-from rollout.scheduling.identity import INFERRED, LONGEST, UNKNOWN, Identity
+from rollout.scheduling.identity import INFERRED, UNKNOWN, Identity
 from rollout.scheduling.prefixes import PrefixIndex
+from rollout.scheduling.programs import LONGEST_NAME
 from tests.rollout.scheduling.driver import BLOCK, EOS, build, request, said, tokenizer
 
 
@@ -30,12 +31,12 @@ def test_names() -> None:
     assert program(request("r", [1], 1, session="s", extra_args={"session_id": "x"})) == "s"
     assert program(request("r", [1], 1)) is None
     assert program(request("r", [1], 1, session="Zürich 7/ü{}")) == "Zürich 7/ü{}"
-    assert program(request("r", [1], 1, session="x" * LONGEST)) == "x" * LONGEST
+    assert program(request("r", [1], 1, session="x" * LONGEST_NAME)) == "x" * LONGEST_NAME
     assert program(request("r", [1], 1, session="inferred-1")) == "inferred-1", "nothing is inferred here"
 
 
 @pytest.mark.parametrize(
-    "name", ["", "x" * (LONGEST + 1), "a\nb", "\0r1", "\x1b[31m", 7, 1.5, True, ["s"], {"a": 1}, b"s"]
+    "name", ["", "x" * (LONGEST_NAME + 1), "a\nb", "\0r1", "\x1b[31m", 7, 1.5, True, ["s"], {"a": 1}, b"s"]
 )
 def test_malformed_names_name_nothing(name: Any) -> None:
     assert identity().program(request("r", [1], 1, session=name)) is None
