@@ -86,12 +86,13 @@ def missing() -> list[str]:
             there = inspect.signature(method).parameters
             lacking += [f"{owner.__name__}.{name}({x})" for x in parameters if x not in there]
     for owner, names in ATTRIBUTES.items():
-        lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and not _sets(owner, x)]
+        lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and not _sets(_source(owner), x)]
     return lacking
 
 
-def _sets(owner: type, name: str) -> bool:
-    return re.search(rf"\bself\.{name}\b|^    {name}:", _source(owner), re.MULTILINE) is not None
+@functools.cache
+def _sets(source: str, name: str) -> bool:
+    return re.search(rf"\bself\.{name}\b|^    {name}:", source, re.MULTILINE) is not None
 
 
 def check(vllm_config: Any) -> None:
