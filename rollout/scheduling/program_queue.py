@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class ProgramQueue(RequestQueue):
     """Requests by (client priority where vLLM honours it, the policy's key, arrival).
 
-    Keys change while requests wait (a pin goes, a turn becomes express): ``sort`` is called once a step then. Requests
-    that the policy does not admit are passed over: with client priorities one of them may stand before a program whose
-    turn everyone waits for. If it admits none the queue looks empty to the scheduling loop; its length is counted.
+    Keys change while requests wait (a pin goes, a turn becomes express): ``sort`` is called once a step then. With
+    client priorities a request that the policy does not admit is passed over: it may stand before a program whose turn
+    everyone waits for. If none is admitted the queue looks empty to the scheduling loop; its length is counted.
     """
 
     def __init__(self, policy: Policy, turns: Mapping[str, Turn], by_priority: bool) -> None:
@@ -66,9 +66,10 @@ class ProgramQueue(RequestQueue):
         return (request for *_, request in self._items)
 
     def _head(self) -> int | None:
-        """Place of the first request that may be admitted."""
+        """Place of the first request that may be admitted. Without client priorities the policy's order tells."""
         may_start, turns = self._policy.may_start, self._turns
-        return next((i for i, item in enumerate(self._items) if may_start(turns[item[2].request_id])), None)
+        items = self._items if self._by_priority else self._items[:1]
+        return next((i for i, item in enumerate(items) if may_start(turns[item[2].request_id])), None)
 
     def _item(self, request: Request) -> tuple[Key, int, Request]:
         turn = self._turns[request.request_id]
