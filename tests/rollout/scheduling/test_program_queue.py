@@ -95,14 +95,18 @@ def test_a_preempted_request_goes_to_where_its_program_stands() -> None:
     assert waiting.names == ["b", "c", "a"]
 
 
-def test_who_may_not_start_is_passed_over_and_counted() -> None:
-    waiting = Waiting()
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_who_may_not_start_is_counted_and_under_priorities_passed_over(by_priority: bool) -> None:
+    waiting = Waiting(by_priority)
     for name in "abc":
         waiting.add(name, ord(name))
     waiting.rule.shut = {"a"}
-    assert waiting.queue and waiting.queue.peek_request().request_id == "b" and waiting.pop() == "b"
-    waiting.rule.shut = {"a", "c"}
-    assert not waiting.queue and len(waiting.queue) == 2 and waiting.names == ["a", "c"]
+    if by_priority:
+        assert waiting.queue and waiting.queue.peek_request().request_id == "b" and waiting.pop() == "b"
+    else:
+        assert not waiting.queue, "the policy's own order has those it admits at the front"
+    waiting.rule.shut = {"a", "b", "c"}
+    assert not waiting.queue and len(waiting.queue) == len(waiting.names) == (2 if by_priority else 3)
     waiting.rule.shut = set()
     assert waiting.pop() == "a"
 
