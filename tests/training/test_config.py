@@ -46,7 +46,7 @@ REFUSED = {
     "scheduler=turnstile engine.deterministic=true": "engine.deterministic: turnstile decides by the clock; take sch",
     "scheduler=turnstile scheduler.options.turnstile.policy=clairvoyant": "scheduler: clairvoyant knows the future: ",
     "scheduler=turnstile scheduler.options.turnstile.policy=x": "scheduler options: unknown policy 'x'; there are: f",
-    "scheduler=turnstile scheduler.options.turnstile.max_pinned=2": "scheduler options: max_pinned=2 must be a number in",
+    "scheduler=turnstile scheduler.options.turnstile.max_pinned=2": "scheduler options: max_pinned=2 must be a number",
     "scheduler=plas +scheduler.options.turnstile.k=2": "scheduler options: plas knows no 'k'; there are: infer_prog",
     "scheduler=program_cap": r"scheduler\.options\.turnstile\.cap: required and not given; add scheduler\.options\.",
     "scheduler=turnstile scheduler.options.turnstile.latencies=no.json": r"tool latencies no\.json: cannot be read",
