@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from vllm.v1.core.sched.interface import PauseState
@@ -152,7 +152,11 @@ class Clients(RuleBasedStateMachine):
 def play(policies: tuple[str, ...], examples: int, steps: int) -> None:
     machine = type("Machine", (Clients,), {"policies": policies})
     how = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.reuse, Phase.generate],  # to shrink a failure takes longer than a test may: its steps are printed
     )
     run_state_machine_as_test(machine, settings=how)
 
