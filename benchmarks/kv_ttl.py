@@ -253,7 +253,7 @@ def draw(
     delay_cdf(folder / "kv_ttl_delays.png", delays, case)
     panels = {arm: [Interval(*x) for x in named[arm][0]["intervals"]] for arm in ("fcfs", "turnstile")}
     timeline(folder / "kv_ttl_timeline.png", panels, case)
-    title = f"8 programs × 4 turns, {pairs} pairs a point, median and extremes"
+    title = f"8 programs × 4 turns; pairs at each point: {pairs}; median and extremes"
     ratio_curve(folder / "kv_ttl_curve.png", list(points), {"turnstile": list(points.values())}, title=title)
 
 

@@ -45,7 +45,7 @@ QUICK_POOL = 9  # blocks, of the 14 that they fill
 
 
 def workload(case: Case, seed: int) -> Workload:
-    """The sessions of a case, the same for every arm; a session depends on (seed, its index) alone."""
+    """The sessions of a case by arrival, the same for every arm."""
 
     def session(index: int) -> Session:
         rng = np.random.default_rng([seed, index])
@@ -57,7 +57,8 @@ def workload(case: Case, seed: int) -> Workload:
             turns.append(Turn(prompt, output, 0.0 if last else gap, None if last else TOOL))
         return Session(tuple(turns), arrival=float(rng.uniform(0, case.arrivals)))
 
-    return Workload("kv_ttl", tuple(session(i) for i in range(case.programs)))
+    sessions = sorted((session(i) for i in range(case.programs)), key=lambda session: session.arrival or 0.0)
+    return Workload("kv_ttl", tuple(sessions))
 
 
 def real_case_workload(seed: int) -> Workload:
@@ -187,7 +188,8 @@ class RealEngine:
         start = time.monotonic() if self._ended is None else self._ended
         finished = self.engine.step()
         end = time.monotonic()
-        self.steps.append((*self._work, end - start))
+        if self.scheduled:  # a policy may admit nobody although nothing runs; the engine looks again at once
+            self.steps.append((*self._work, end - start))
         self._ended = end if self.busy else None
         return finished
 

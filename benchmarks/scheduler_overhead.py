@@ -1,17 +1,17 @@
 """Time of one ``schedule()`` call with 500 pins held, ours against stock.
 
 vLLM's real scheduler and KV cache manager without a model (``rollout.scheduling.virtual_engine``). "1,000 running and
-waiting requests" has two readings, and both are measured: 500 run and 500 wait, and 1,000 of each. Requests wait for
-one of two reasons, and both are measured:
+waiting requests" has two readings, and both are measured: 500 run and 500 wait, and 1,000 of each. So are three states:
 
 - ``seats``: as many run as ``max_num_seqs`` allows, and nobody looks at the waiting queue.
+- ``turnover``: five requests end in each step and are pinned, and five of the queue take their seats and their pins.
 - ``memory``: the head of the queue is refused in every step for lack of blocks. That is the worst case for ours: in
   every step it asks each pin in vain whether it may go. The head is older than all pins, and no pin is past its
   break-even, so that no shorter way to the answer "none" helps.
 
-Both twins play the same requests, all of named programs; what runs decodes one token a step. The pool of stock is
-smaller by the blocks that ours has pinned, so that both have the same blocks free. The twins take turns, step by step;
-a round builds new ones, and its ratio is that of the medians.
+Both twins play the same requests, all of named programs; what runs decodes one token a step. Where memory is short the
+pool of stock is smaller by the blocks that ours has pinned, so that both have the same blocks free; elsewhere it holds
+all that there is. The twins take turns, step by step; a round builds new ones, and its ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from benchmarks.report import Report
 
 BAR = 1.05
 SIZES = (500, 1000)  # requests that run, and as many that wait
-REASONS = ("seats", "memory")
-PINS, ROUNDS, STEPS = 500, 5, 100
+STATES = ("seats", "turnover", "memory")
+PINS, ROUNDS, STEPS = 500, 5, 90
+TURNOVER = 5  # requests that end in a step
 WARM = 10  # steps of a twin that are not timed
 BLOCK, PROMPT = 16, 512  # tokens
 ENDLESS = 1e9  # break-even of turnstile, so that pins are asked and none goes
@@ -39,39 +40,43 @@ ENDLESS = 1e9  # break-even of turnstile, so that pins are asked and none goes
 class Twin:
     """One scheduler in the state to be measured. ``seconds`` of its ``schedule`` calls."""
 
-    def __init__(self, policy: str, reason: str, requests: int, pins: int, steps: int) -> None:
+    def __init__(self, policy: str, state: str, requests: int, pins: int, steps: int) -> None:
         from rollout.scheduling.costs import Linear
         from rollout.scheduling.virtual_engine import VirtualEngine, build_scheduler
         from rollout.scheduling.vllm_plugin import program_scheduler
 
-        ours = policy != "fcfs"
-        outputs = WARM + steps + 4  # none ends while we look
-        room = requests * (outputs // BLOCK + 2)  # blocks for what runs to grow into; the head asks for more than that
+        ours, short = policy != "fcfs", state == "memory"
+        self.outputs = WARM + steps + 4  # nothing ends while we look, but where it is to
+        room = requests * (self.outputs // BLOCK + 2)  # blocks for what runs to grow into; the head asks for more
+        kept = pins if ours else 0
+        more = 0 if short else pins + 2 * requests  # programs that wait or have ended: ample memory
         self.scheduler = build_scheduler(
             program_scheduler,
-            num_blocks=requests * (PROMPT // BLOCK) + room + (pins * (PROMPT // BLOCK) if ours else 0),
+            num_blocks=(requests + kept) * (PROMPT // BLOCK) + room + more * ((PROMPT + self.outputs) // BLOCK + 2),
             block_size=BLOCK,
-            max_num_seqs=requests if reason == "seats" else 2 * requests,
+            max_num_seqs=2 * requests if short else requests,
             max_num_batched_tokens=1 << 20,
             options={"turnstile": {"policy": policy} | ({"k": ENDLESS} if ours else {})},
         )
         self.engine = VirtualEngine(self.scheduler, Linear(), scale=1, block_size=BLOCK)
-        # First turns that wait would be express and take the pins: who waits has had one, too short to be kept.
-        waiters = [self._ask(f"waits{i}", BLOCK // 2, 2) for i in range(requests)]
-        self._finish()
-        for i in range(pins):
-            self._ask(f"pinned{i}", PROMPT, 2)
-        self._finish()
-        for i in range(requests):
-            self._ask(f"runs{i}", PROMPT, outputs)
-        self.engine.step()
-        for i, context in enumerate(waiters):
-            self._ask(f"waits{i}", PROMPT if i else (room + 64) * BLOCK, 2, context)
         self.seconds: list[float] = []
         self._schedule, self.scheduler.schedule = self.scheduler.schedule, self._timed
+        # Who waits has had a turn, too short to be kept: first turns that wait would be express and take the pins.
+        waiters = [self._ask(f"waits{i}", BLOCK // 2, 2) for i in range(requests)]
+        self._finish()
+        pinned = [self._ask(f"pinned{i}", PROMPT, 2) for i in range(pins)]
+        self._finish()
+        for i in range(requests):
+            self._ask(f"runs{i}", PROMPT, i // TURNOVER + 2 if state == "turnover" else self.outputs)
+        self.engine.step()
+        if state == "turnover":
+            for i, context in enumerate(pinned):
+                self._ask(f"pinned{i}", BLOCK, self.outputs, context)
+        for i, context in enumerate(waiters[: requests - pins if state == "turnover" else requests]):
+            self._ask(f"waits{i}", PROMPT if i or not short else (room + 64) * BLOCK, self.outputs, context)
+        self.check(requests, pins if ours else 0)
         for _ in range(WARM):
             self.engine.step()
-        self.check(requests, pins if ours else 0)
         self.seconds.clear()
 
     def check(self, requests: int, pins: int) -> None:
@@ -105,20 +110,22 @@ class Twin:
         return output
 
 
-def measure(reason: str, requests: int, pins: int, rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(state: str, requests: int, pins: int, rounds: int, steps: int) -> dict[str, list[float]]:
     """Milliseconds a call by twin, one median a round."""
     found: dict[str, list[float]] = {"fcfs": [], "turnstile": []}
     for number in range(rounds):
         names = list(found) if number % 2 else list(found)[::-1]  # who is built later finds its objects elsewhere
-        twins = {name: Twin(name, reason, requests, pins, steps) for name in names}
+        twins = {name: Twin(name, state, requests, pins, steps) for name in names}
         gc.collect()
         gc.freeze()  # as vLLM's engine core does
         for step in range(steps):
             for name in names if step % 2 else names[::-1]:
                 twins[name].engine.step()
+            assert twins["fcfs"].engine.scheduled.keys() == twins["turnstile"].engine.scheduled.keys()
         gc.unfreeze()
         for name, twin in twins.items():
-            twin.check(requests, pins if name == "turnstile" else 0)
+            if state != "turnover":
+                twin.check(requests, pins if name == "turnstile" else 0)
             found[name].append(statistics.median(twin.seconds) * 1e3)
     return found
 
@@ -136,8 +143,8 @@ def main() -> None:
     report = Report("scheduler_overhead")
     sizes, pins, rounds, steps = ((40,), 20, 1, 10) if options.quick else (SIZES, PINS, ROUNDS, STEPS)
     arms = {
-        f"{reason}_{size}": {"reason": reason, "requests": size, "pins": pins, "rounds": rounds, "steps": steps}
-        for reason in REASONS
+        f"{state}_{size}": {"state": state, "requests": size, "pins": pins, "rounds": rounds, "steps": steps}
+        for state in STATES
         for size in sizes
     }
     rows = []
@@ -149,7 +156,7 @@ def main() -> None:
         report.figure(f"stock_ms_{name}", statistics.median(stock))
         report.figure(f"ratio_{name}", ratio)
         report.bar(f"ratio_{name}", "<=", BAR)
-    columns = ["waiting for_requests", "stock ms", "ours ms", "ratio", "lowest round", "highest"]
+    columns = ["state_requests", "stock ms", "ours ms", "ratio", "lowest round", "highest"]
     report.table(f"a schedule() call, {pins} pins, {rounds} rounds of {steps} steps", columns, rows)
     report.finish(options.quick)
 
