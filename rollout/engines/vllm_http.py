@@ -26,7 +26,7 @@ from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, sampling_fields, variables
 from rollout.errors import EngineDied, UserError, WaitTimeout
-from rollout.scheduling.identity import LONGEST
+from rollout.scheduling.programs import LONGEST_NAME
 
 HOST = "127.0.0.1"
 ABORT_PREFIX = "generate-tokens-"  # vLLM puts it before the request ids of this endpoint
@@ -111,7 +111,7 @@ class HttpEngine(RemoteEngine):
         await self._post("/abort_requests", {"request_ids": [ABORT_PREFIX + x for x in request_ids]})
 
     async def _release(self, program_id: str) -> None:
-        if 0 < len(program_id) <= LONGEST and program_id.isprintable():  # others name nothing there
+        if 0 < len(program_id) <= LONGEST_NAME and program_id.isprintable():  # others name nothing there
             await self._post(f"/v1/programs/{quoted(program_id)}/release")
 
     async def _set_paused(self, mode: PauseMode | None) -> None:
