@@ -8,7 +8,7 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +120,8 @@ def environment(log_path: Path | None) -> Iterator[None]:
     would mislead the trainer and its children. What vLLM reads later in this process (VLLM_…) stays.
     """
     wanted = variables(log_path)
-    before = dict(os.environ)
-    os.environ.update(wanted)
-    try:
+    with environment_kept(wanted):
+        os.environ.update(wanted)
         if log_path is None:
             yield
         else:
@@ -130,9 +129,17 @@ def environment(log_path: Path | None) -> Iterator[None]:
             with stderr_to(log_path), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
+
+
+@contextlib.contextmanager
+def environment_kept(drop: Iterable[str] = ()) -> Iterator[None]:
+    """Undo what vLLM does to the environment; what it reads later itself (VLLM_…) stays, unless ``drop`` names it."""
+    before = dict(os.environ)
+    try:
+        yield
     finally:
         for key in set(os.environ) - set(before):
-            if key in wanted or not key.startswith("VLLM_"):
+            if key in drop or not key.startswith("VLLM_"):
                 del os.environ[key]
         os.environ.update(before)
 

@@ -23,6 +23,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from rollout.engines.vllm import environment_kept
 from rollout.scheduling.costs import Cost, Work
 
 MAX_MODEL_LEN = 1 << 22  # no session is refused for its length
@@ -53,12 +54,13 @@ def _model_config() -> ModelConfig:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """vLLM's advice on block sizes and kernels concerns a model that is not there."""
+    """vLLM's advice on block sizes and kernels concerns a model that is not there, as do the variables that it sets."""
     logger = logging.getLogger("vllm")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with environment_kept():
+            yield
     finally:
         logger.setLevel(level)
 
