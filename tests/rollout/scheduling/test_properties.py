@@ -24,7 +24,7 @@ SESSIONS = ["a", "b", "c", "d"]
 ANSWERS = ["<tool_call>ls", "<tool_call>search it", "ok", "well, STOP and more"]
 USABLE = 19  # blocks of each group: 76 tokens
 LONGEST = 48  # tokens of a prompt, which fits with any answer
-PATIENCE = 60  # steps of 0.25 s in which something must be scheduled: three of program_cap's idle limits
+PATIENCE = 3 * SETTINGS["program_cap"]["idle_limit"]  # seconds without work after which a cap has locked itself
 COUNTED = ("pins", "claims", "expiries", "pressure_releases", "refusals", "preemptions", "string_stops", "jobs")
 
 
@@ -43,6 +43,7 @@ class Clients:
         self.said: dict[str | None, list[int]] = {}  # by session, when its last turn ended
         self.seen: Counter[str] = Counter()
         self.count = self.waited = 0
+        self.worked = 0.0
 
     def arrive(
         self, session: str | None, before: float, prompt: list[int], answer: str, stops: bool, **how: Any
@@ -67,10 +68,11 @@ class Clients:
             if name not in self.driver.live:
                 self.said[made.session_id] = list(made.all_token_ids)
         check(scheduler)
-        idle = not output.total_num_scheduled_tokens and scheduler.pause_state == PauseState.UNPAUSED
-        self.waited = self.waited + 1 if idle and live else 0
-        patience = PATIENCE if scheduler.options.policy == "program_cap" else 4
-        assert self.waited < patience or seconds < 0.25, f"deadlock: {sorted(live)} wait, {len(scheduler.pins)} pins"
+        idle = live and not output.total_num_scheduled_tokens and scheduler.pause_state == PauseState.UNPAUSED
+        now = scheduler.load.now  # a clock that steps back stands still there
+        self.waited, self.worked = (self.waited + 1, self.worked) if idle else (0, now)
+        locked = now - self.worked > PATIENCE if scheduler.options.policy == "program_cap" else self.waited > 3
+        assert not locked, f"deadlock: {sorted(live)} wait, {len(scheduler.pins)} pins"
 
     def abort(self, name: str) -> None:
         self.driver.abort(name)
@@ -89,7 +91,6 @@ class Clients:
         """Everyone gets an answer in a bounded number of steps, and nothing is left."""
         scheduler = self.scheduler
         scheduler.set_pause_state(PauseState.UNPAUSED)
-        self.waited = 0
         for _ in range(2000):
             if self.driver.live:
                 self.step(0.25)
