@@ -95,6 +95,7 @@ def guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 def run_command(main: Callable[[], Any]) -> None:
     """Run a ``hydra.main`` function: errors of composition become one line and exit code 2, Ctrl-C exit code 130."""
+    wished = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them on several lines and exits by itself
     try:
         main()
@@ -104,6 +105,11 @@ def run_command(main: Callable[[], Any]) -> None:
         sys.exit(_fail(one_line(error)))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", code=130))
+    finally:  # a command called by another program must not turn the one-line errors of that program's children off
+        if wished is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = wished
 
 
 def run_dir() -> Path:

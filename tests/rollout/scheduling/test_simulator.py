@@ -1,6 +1,7 @@
 """The virtual engine against closed forms, and what must hold whatever the scheduler."""
 
 import json
+import os
 import sys
 from itertools import pairwise
 
@@ -332,8 +333,10 @@ def test_sizes_that_cannot_be_are_refused(settings, words):
 def test_the_command_ends_with_one_json_object(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["simulator", "workload=chat", "workload.programs=20", "timeline=true"])
     main()
+    assert "HYDRA_FULL_ERROR" not in os.environ  # the command's own, which would change every later child's errors
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(last) == {"benchmark", "machine", "seconds", "figures", "bars"} and last["benchmark"] == "simulator"
     wanted = {"mean_job_time", "p95_job_time", "mean_delay", "p99_first_turn_latency", "recomputed_tokens", "makespan"}
