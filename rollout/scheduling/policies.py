@@ -229,7 +229,8 @@ class Turnstile(_Resident):
     those who are about to return. Pins that may go are those idle for longer than k · R(n) · B: losing n tokens costs
     R(n) seconds of the engine, while the memory they hold would let one more request run, which is worth 1/B of an
     engine second each second. ``k`` is for tools, ``k_person`` for pauses of persons, who seldom come back soon. First
-    turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory.
+    turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory; what
+    is longer than the lane waits its turn: its KV would be lost after it, and in a small pool that is dear.
     While memory has sufficed for ``calm`` seconds the order is stock's.
     """
 
@@ -268,13 +269,14 @@ class Turnstile(_Resident):
         if not first or first[0].arrived > late:
             return changed
         self._express = {turn for turn in self._express if not turn.finished}
-        room = self.express_share * load.pool_tokens - sum(turn.tokens for turn in self._express)
+        lane = self.express_share * load.pool_tokens
+        room = lane - sum(turn.tokens for turn in self._express)
         while first and first[0].arrived <= late:
             turn = first[0]
-            if turn.finished or turn.admitted is not None or turn.resident:
+            if turn.finished or turn.admitted is not None or turn.resident or turn.tokens > lane:
                 first.popleft()
                 continue
-            if self._express and turn.tokens > room:
+            if turn.tokens > room:
                 break
             first.popleft()
             turn.express = changed = True

@@ -489,14 +489,14 @@ def test_first_turns_that_waited_become_express_by_arrival_within_the_share() ->
     assert names(policy, *turns[1:]) == [turn.request_id for turn in turns[1:]]
 
 
-def test_the_lane_takes_one_however_long_it_is() -> None:
+def test_who_is_longer_than_the_lane_waits_its_turn_and_holds_up_nobody() -> None:
     world = World(pool=1000)
-    policy = rule()
-    long, other = world.arrive(tokens=900), world.arrive(tokens=1)
+    policy = rule(express_share=0.1)
+    long, other = world.arrive(tokens=101), world.arrive(tokens=100)
     policy.arrived(long)
     policy.arrived(other)
     world.load.now = 5.0
-    assert policy.promote(world.load) and long.express and not other.express
+    assert policy.promote(world.load) and other.express and not long.express
 
 
 def test_who_was_served_meanwhile_or_is_resident_takes_no_room_in_the_lane() -> None:
