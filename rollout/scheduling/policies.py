@@ -229,9 +229,9 @@ class Turnstile(_Resident):
     those who are about to return. Pins that may go are those idle for longer than k · R(n) · B: losing n tokens costs
     R(n) seconds of the engine, while the memory they hold would let one more request run, which is worth 1/B of an
     engine second each second. ``k`` is for tools, ``k_person`` for pauses of persons, who seldom come back soon. First
-    turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory; what
-    is longer than the lane waits its turn: its KV would be lost after it, and in a small pool that is dear.
-    While memory has sufficed for ``calm`` seconds the order is stock's.
+    turns that waited ``express_after`` seconds get a lane of their own, of at most ``express_share`` of the memory. One
+    that is longer than the lane waits its turn: its KV is lost after it, and in a small pool that is dear. While memory
+    has sufficed for ``calm`` seconds the order is stock's.
     """
 
     def __init__(
