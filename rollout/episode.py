@@ -13,6 +13,7 @@ class Status(StrEnum):
     FINISHED = "finished"  # the policy gave its final answer
     TRUNCATED = "truncated"  # the token limit cut it
     CALL_LIMIT = "call_limit"  # it asked for more tool calls, or more turns, than allowed
+    UNFINISHED = "unfinished"  # a window cut it: it has no reward yet and goes on in the next window
 
 
 @dataclass
@@ -22,7 +23,9 @@ class Sequence:
     All lists have one entry per token. ``own_mask`` is True where the policy wrote the token. ``behaviour_logprobs``
     are the engine's, after temperature, and None for text that was injected; ``versions`` are the policy versions that
     wrote each token, -1 for injected text. ``train_prompt_ids`` replaces the first ``prompt_length`` tokens in training
-    where the sampled prompt must differ from the trained one.
+    where the sampled prompt must differ from the trained one. ``trained`` is how many of its own tokens, from the first
+    on, the policy has been trained on already: T-PPO trains each own token once, in the window that wrote it (arXiv
+    2506.15050).
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -32,6 +35,7 @@ class Sequence:
     prompt_length: int = 0
     train_prompt_ids: list[int] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    trained: int = 0
 
     @classmethod
     def open(cls, prompt_ids: list[int]) -> Sequence:
@@ -116,7 +120,10 @@ def program_id(member: Member) -> str:
 
 @dataclass
 class Episode:
-    """One attempt at one prompt. ``success`` is the verifier's word, kept apart from the shaped ``rewards``."""
+    """One attempt at one prompt. ``success`` is the verifier's word, kept apart from the shaped ``rewards``.
+
+    ``open_turn`` is where in the last sequence a turn begins that a window has cut; None between turns.
+    """
 
     prompt_id: str
     group_id: str
@@ -128,6 +135,12 @@ class Episode:
     success: bool = False
     status: Status = Status.FINISHED
     extras: dict[str, Any] = field(default_factory=dict)
+    open_turn: int | None = None
+
+    @classmethod
+    def begin(cls, prompt_id: str, group_id: str, sample: int = 0, difficulty: str = "") -> Episode:
+        """An episode of which nothing has been played yet."""
+        return cls(prompt_id, group_id, sample, difficulty, status=Status.UNFINISHED)
 
     @property
     def reward(self) -> float:
@@ -138,6 +151,16 @@ class Episode:
     def own_tokens(self) -> int:
         """Tokens that the policy wrote; a server that keeps the ids to itself at least counts them."""
         return self.extras.get("own_tokens") or sum(sequence.own_tokens for sequence in self.sequences)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens that the policy wrote of a turn that is not over."""
+        return 0 if self.open_turn is None else len(self.sequences[-1]) - self.open_turn
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the tools that the last turn called have yet to answer."""
+        return self.status is Status.UNFINISHED and bool(self.turns and self.turns[-1].calls) and not self.turns[-1].results
 
     @property
     def tool_results(self) -> list[ToolResult]:
