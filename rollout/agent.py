@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rollout.config import LimitsConfig
@@ -18,7 +19,7 @@ class Speaker(Protocol):
     """The model's side of one episode: an engine by token ids, or a server by messages."""
 
     async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
-        """Begin: the policy reads the messages."""
+        """Begin: the policy reads the messages. An episode that has sequences already is taken up where it stands."""
 
     async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
         """One assistant turn of at most ``max_tokens``: the turn, how many it wrote, and whether the limit cut it."""
@@ -39,12 +40,26 @@ class EpisodeDropped(Exception):
 
 
 async def run_episode(
-    row: Row, environment: Environment, speaker: Speaker, limits: LimitsConfig, group_id: str = "", sample: int = 0
+    row: Row,
+    environment: Environment,
+    speaker: Speaker,
+    limits: LimitsConfig,
+    group_id: str = "",
+    sample: int = 0,
+    *,
+    episode: Episode | None = None,
+    timed: Callable[[asyncio.Timeout], None] = lambda deadline: None,
 ) -> Episode:
-    """Play one episode to its end and score it. Raises ``EpisodeDropped`` where infrastructure failed."""
-    episode = Episode(row.id, group_id or row.id, sample, row.difficulty)
+    """Play one episode to its end and score it. Raises ``EpisodeDropped`` where infrastructure failed.
+
+    ``episode``: one to go on with, as an earlier window left it; tools that had not answered are called again.
+    ``timed`` is handed the deadline, for whoever makes an episode wait through no fault of its own.
+    """
+    if episode is None:
+        episode = Episode.begin(row.id, group_id or row.id, sample, row.difficulty)
     try:
         async with asyncio.timeout(limits.episode_timeout_s) as deadline:
+            timed(deadline)
             messages = await environment.reset(row)
             tools = environment.tools()
             await speaker.open(episode, messages, tools)
@@ -64,7 +79,10 @@ async def run_episode(
 
 
 async def _converse(episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig) -> None:
-    own, calls = 0, 0
+    calls = sum(len(turn.calls) for turn in episode.turns)
+    own = episode.own_tokens - episode.open_tokens
+    if episode.unanswered:
+        await _answer(episode, tools, speaker, limits)
     while True:
         room = limits.max_new_tokens - own
         turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
@@ -74,13 +92,21 @@ async def _converse(episode: Episode, tools: dict[str, Tool], speaker: Speaker, 
             episode.status = Status.TRUNCATED
             return
         if not turn.calls:
+            episode.status = Status.FINISHED
             return
         calls += len(turn.calls)
         if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
             episode.status = Status.CALL_LIMIT
             return
-        turn.results = list(await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls)))
-        await speaker.read(episode, turn.results)
+        await _answer(episode, tools, speaker, limits)
+
+
+async def _answer(episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig) -> None:
+    """Run the calls of the last turn, all at once; the policy reads what they gave."""
+    turn = episode.turns[-1]
+    results = await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls))
+    turn.results = list(results)
+    await speaker.read(episode, turn.results)
 
 
 async def _execute(asked: ToolCall, tools: dict[str, Tool], limits: LimitsConfig) -> ToolResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -59,6 +59,17 @@ class Sequence:
         self.own_mask += [True] * len(ids)
         self.behaviour_logprobs += logprobs
         self.versions += versions
+
+    def snapshot(self) -> Sequence:
+        """A copy that stays as it is while tokens are appended."""
+        return replace(
+            self,
+            token_ids=list(self.token_ids),
+            own_mask=list(self.own_mask),
+            behaviour_logprobs=list(self.behaviour_logprobs),
+            versions=list(self.versions),
+            extras=dict(self.extras),
+        )
 
     @property
     def own_tokens(self) -> int:
@@ -142,6 +153,14 @@ class Episode:
         """An episode of which nothing has been played yet."""
         return cls(prompt_id, group_id, sample, difficulty, status=Status.UNFINISHED)
 
+    def snapshot(self) -> Episode:
+        """A copy that stays as it is while the episode goes on."""
+        return replace(
+            self,
+            sequences=[sequence.snapshot() for sequence in self.sequences],
+            turns=[replace(turn, results=list(turn.results)) for turn in self.turns],
+        )
+
     @property
     def reward(self) -> float:
         """The scalar that advantages are computed from: the sum of the named parts."""
@@ -160,7 +179,11 @@ class Episode:
     @property
     def unanswered(self) -> bool:
         """Whether the tools that the last turn called have yet to answer."""
-        return self.status is Status.UNFINISHED and bool(self.turns and self.turns[-1].calls) and not self.turns[-1].results
+        return (
+            self.status is Status.UNFINISHED
+            and bool(self.turns and self.turns[-1].calls)
+            and not self.turns[-1].results
+        )
 
     @property
     def tool_results(self) -> list[ToolResult]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
@@ -70,8 +71,6 @@ class Runner:
                 buffer.add(future.result())
             except EpisodeDropped as error:
                 buffer.drop(job.group_id, error.cause)
-                if self._failures >= self.limits.max_failures_in_a_row:
-                    buffer.fail(too_many_failures(self._failures, error))
             except (FutureCancelled, asyncio.CancelledError):
                 buffer.drop(job.group_id, "cancelled")
             except BaseException as error:
@@ -86,15 +85,15 @@ class Runner:
         """Play jobs to their end and give the episodes in the jobs' order; dropped ones are left out."""
         episodes: list[Episode] = []
         started = self._start(list(jobs), speaker)
-        for count, (_, future) in enumerate(started, 1):
-            try:
-                episodes.append(future.result())  # ends by itself: every wait inside has its own time-out
-            except EpisodeDropped as error:
-                if self._failures >= self.limits.max_failures_in_a_row:
-                    for _, other in started:
-                        other.cancel()
-                    raise too_many_failures(self._failures, error) from error
-            progress(count)
+        try:
+            for count, (_, future) in enumerate(started, 1):
+                with contextlib.suppress(EpisodeDropped):
+                    episodes.append(future.result())  # ends by itself: every wait inside has its own time-out
+                progress(count)
+        except BaseException:
+            for _, other in started:
+                other.cancel()
+            raise
         return episodes
 
     def _start(self, jobs: list[Job], speaker: Callable[[], Speaker]) -> list[tuple[Job, Future[Episode]]]:
@@ -104,15 +103,31 @@ class Runner:
         return [(job, asyncio.run_coroutine_threadsafe(self._play(job, speaker), self._loop)) for job in jobs]
 
     async def _play(self, job: Job, speaker: Callable[[], Speaker]) -> Episode:
-        """Play a job; whatever went wrong outside the policy is retried, then drops the episode."""
+        try:
+            async with self._slots:
+                return await self.play_one(job, speaker)
+        finally:
+            if self.lockstep is not None:
+                self.lockstep.leave(program_id(job))
+
+    async def play_one(
+        self,
+        job: Job,
+        speaker: Callable[[], Speaker],
+        episode: Episode | None = None,
+        opened: Callable[[Episode, asyncio.Timeout], None] = lambda episode, deadline: None,
+    ) -> Episode:
+        """Play a job; whatever went wrong outside the policy is retried, then drops the episode.
+
+        ``episode`` is one to go on with: a retry begins it anew. ``opened`` gets what each attempt plays.
+        """
         try:
             for attempt in range(self.limits.retries + 1):
+                if episode is None or attempt:
+                    episode = Episode.begin(job.row.id, job.group_id, job.sample, job.row.difficulty)
+                timed = functools.partial(opened, episode)
                 try:
-                    environment = self.environment()
-                    async with self._slots:
-                        episode = await run_episode(
-                            job.row, environment, speaker(), self.limits, job.group_id, job.sample
-                        )
+                    await run_episode(job.row, self.environment(), speaker(), self.limits, episode=episode, timed=timed)
                     break
                 except (EpisodeDropped, EngineDied, UserError):
                     raise
@@ -122,11 +137,11 @@ class Runner:
         except EpisodeDropped as error:
             self._failures += 1
             self.lost[error.cause] += 1
+            if self._failures >= self.limits.max_failures_in_a_row:
+                raise too_many_failures(self._failures, error) from error
             raise
-        finally:
-            if self.lockstep is not None:
-                self.lockstep.leave(program_id(job))
         self._failures = 0
+        assert episode is not None
         return episode
 
     def close(self) -> None:

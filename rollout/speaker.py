@@ -11,6 +11,7 @@ from rollout.environment import Message
 from rollout.episode import Episode, Sequence, ToolResult, Turn, program_id
 from rollout.errors import UserError
 from rollout.tools import Tool
+from rollout.window import Window
 
 
 def stable_seed(*parts: object) -> int:
@@ -24,7 +25,8 @@ class Policy:
 
     ``seed`` makes sampling a function of run, prompt, sample, turn and policy version, whatever the batch; None leaves
     it to the engine. ``seed_version=False`` leaves the version out, so that two checkpoints meet the same randomness.
-    ``reasoning`` is the template's mode: auto, always or never.
+    ``reasoning`` is the template's mode: auto, always or never. ``window`` deals out the tokens that an episode may
+    write before the next weight update; None: as many as it likes.
     """
 
     engine: Engine
@@ -34,11 +36,12 @@ class Policy:
     seed: int | None = None
     seed_version: bool = True
     reasoning: str = "auto"
+    window: Window | None = None
 
     def at(self, temperature: float, seed: int | None) -> Policy:
         """The same policy for an evaluation: the full distribution at this temperature, the same seeds every time."""
         sampling = replace(self.sampling, temperature=temperature, top_p=1.0, top_k=0, min_p=0.0)
-        return replace(self, sampling=sampling, seed=seed, seed_version=False)
+        return replace(self, sampling=sampling, seed=seed, seed_version=False, window=None)
 
     def speaker(self) -> EngineSpeaker:
         return EngineSpeaker(self)
@@ -55,45 +58,71 @@ class EngineSpeaker:
 
     async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
         self.messages, self.tools = list(messages), tools
-        episode.sequences.append(Sequence.open(self.policy.chat.open(messages, tools, self.policy.reasoning)))
+        if not episode.sequences:
+            ids = self.policy.chat.open(messages, tools, self.policy.reasoning)
+            episode.sequences.append(Sequence.open(ids))
+        for turn in (turn for turn in episode.turns if turn.results):  # taken up again
+            self._remember(turn)
 
     async def speak(self, episode: Episode, max_tokens: int) -> tuple[Turn, int, bool]:
-        policy, sequence = self.policy, episode.sequences[-1]
-        room = min(max_tokens, policy.max_model_len - len(sequence))
-        if room <= 0 and not episode.turns:
+        sequence = episode.sequences[-1]
+        if episode.open_turn is None:
+            episode.open_turn = len(sequence)
+        start = episode.open_turn
+        if start >= self.policy.max_model_len and not episode.turns:
             raise UserError(
-                f"engine.max_model_len: {policy.max_model_len} leaves no room after prompt {episode.prompt_id} of "
-                f"{len(sequence)} tokens; raise it or leave such prompts out"
+                f"engine.max_model_len: {self.policy.max_model_len} leaves no room after prompt {episode.prompt_id} of "
+                f"{start} tokens; raise it or leave such prompts out"
             )
-        if room <= 0:  # what it has read fills the context: nothing more can be written
-            return Turn("", "", well_formed=False), 0, True
+        limit = min(start + max_tokens, self.policy.max_model_len)
+        stopped = False
+        while not stopped and len(sequence) < limit:
+            stopped = await self._write(episode, limit - len(sequence))
+        written = sequence.token_ids[start:]
+        episode.open_turn = None
+        # What it has read may fill the context: then nothing more can be written.
+        turn = self.policy.chat.parse(written, self.policy.reasoning) if written else Turn("", "", well_formed=False)
+        if turn.calls and self.policy.window is not None:
+            self.policy.window.tool(episode)
+        return turn, len(written), not stopped
+
+    async def _write(self, episode: Episode, room: int) -> bool:
+        """Append up to ``room`` tokens, or as many as the window grants; True if the policy ended its turn."""
+        policy, sequence, window = self.policy, episode.sequences[-1], self.policy.window
+        if window is not None:
+            room = min(room, await window.grant(episode))
         seed = None
         if policy.seed is not None:
             version = policy.engine.version if policy.seed_version else 0
-            seed = stable_seed(policy.seed, episode.prompt_id, episode.sample, len(episode.turns), version)
+            parts = (policy.seed, episode.prompt_id, episode.sample, len(episode.turns), version)
+            seed = stable_seed(*parts, *([episode.open_tokens] if episode.open_tokens else []))
         out = await policy.engine.generate(
             sequence.token_ids,
             replace(policy.sampling, max_tokens=room, seed=seed, stop_token_ids=tuple(policy.chat.stop_token_ids)),
             program_id=program_id(episode),
             tool=self.last_tool,
         )
-        if out.finish == "abort":
+        ended_by_window = window is not None and window.charge(episode, len(out.ids))
+        if out.finish == "abort" and not ended_by_window:
             raise InterruptedError(f"the engine aborted {program_id(episode)}")
         sequence.append_own(out.ids, out.logprobs, out.versions)
         sequence.extras.update(out.extras)
-        return policy.chat.parse(out.ids, policy.reasoning), len(out.ids), out.finish == "length"
+        return out.finish == "stop"
 
     async def read(self, episode: Episode, results: list[ToolResult]) -> None:
-        self.last_tool = results[-1].call.name
-        contents = [result.content for result in results]
+        self._remember(episode.turns[-1])
         if self.policy.chat.keeps_thinking:
+            contents = [result.content for result in results]
             episode.sequences[-1].append_injected(self.policy.chat.tool_results(contents, self.policy.reasoning))
             return
         # A template that strips earlier thinking rewrites history: what follows is another sequence.
-        self.messages.append(assistant_message(episode.turns[-1]))
-        self.messages += [{"role": "tool", "name": r.call.name, "content": r.content} for r in results]
         ids = self.policy.chat.open(self.messages, self.tools, self.policy.reasoning)
         episode.sequences.append(Sequence.open(ids))
+
+    def _remember(self, turn: Turn) -> None:
+        self.last_tool = turn.results[-1].call.name
+        self.messages.append(assistant_message(turn))
+        self.messages += [{"role": "tool", "name": r.call.name, "content": r.content} for r in turn.results]
 
     async def close(self, episode: Episode) -> None:
         await self.policy.engine.release(program_id(episode))
