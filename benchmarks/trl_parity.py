@@ -190,7 +190,7 @@ def theirs(folder: str, rollouts: Rollouts, loss: str, correction: str, penalty:
 def ours(folder: str, rollouts: Rollouts, loss: str, correction: str, penalty: str) -> Outcome:
     """The path of a training step: episodes, advantages, weights, packed micro-batches, objective."""
     episodes = [_episode(rollouts, i) for i in range(len(rollouts.rewards))]
-    advantages = [arrays[0] for arrays in Group()(episodes)]
+    advantages = [estimate.advantages[0] for estimate in Group()(episodes)]
     lengths = [len(x) for x in advantages]
     weights = token_weights(lengths, LOSSES[loss][2], max_tokens=LONGEST)
     given = [TrainSequence.of(e.sequences[0], i, advantages[i], weights[i]) for i, e in enumerate(episodes)]

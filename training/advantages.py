@@ -1,22 +1,26 @@
-"""Advantages: how much better an episode did than the others of its group. Pure arithmetic over rewards."""
+"""Advantages: how much better it went than the group, or the value model, expected. Pure arithmetic over rewards."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from rollout.episode import Episode
+from rollout.episode import Episode, Status
 from rollout.errors import UserError
 
 STD_EPSILON = 1e-4  # added to the standard deviation, as trl.GRPOTrainer does
+WHITEN_EPSILON = 1e-8  # added to the variance, as verl's masked_whiten does
+
+Vector = Sequence[float] | np.ndarray | torch.Tensor
 
 
 def group_relative(
-    rewards: Sequence[float] | np.ndarray | torch.Tensor,
+    rewards: Vector,
     group_ids: Sequence[Any] | np.ndarray | torch.Tensor,
     *,
     normalize: bool = True,
@@ -53,9 +57,7 @@ def group_relative(
     return centred.masked_fill(_constant(values, groups, len(mean)), 0.0).to(dtype)
 
 
-def rloo(
-    rewards: Sequence[float] | np.ndarray | torch.Tensor, group_ids: Sequence[Any] | np.ndarray | torch.Tensor
-) -> torch.Tensor:
+def rloo(rewards: Vector, group_ids: Sequence[Any] | np.ndarray | torch.Tensor) -> torch.Tensor:
     """REINFORCE leave-one-out (arXiv 2402.14740 §2.3): reward minus the mean of the *other* rewards of its group.
 
     Arguments, result and errors as in ``group_relative``; a group of one or of equal rewards gives exactly 0.
@@ -67,27 +69,81 @@ def rloo(
     return centred.masked_fill(_constant(values, groups, len(mean)), 0.0).to(dtype)
 
 
-def _checked(rewards: Any, group_ids: Any) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-    """Rewards as float64, groups as 0..k-1 in order of first sight, and the dtype to give back."""
-    given = rewards.detach() if isinstance(rewards, torch.Tensor) else torch.as_tensor(np.asarray(rewards))
-    ids = group_ids.tolist() if isinstance(group_ids, torch.Tensor | np.ndarray) else list(group_ids)
-    if given.dim() != 1:
-        raise ValueError(f"rewards of shape {tuple(given.shape)} must be 1-D: one reward per episode")
-    if len(given) == 0:
-        raise ValueError("rewards are empty; give at least one episode")
-    if len(given) != len(ids):
-        raise ValueError(f"{len(given)} rewards and {len(ids)} group_ids must be of one length: one group per reward")
-    values = given.double()
+def gae(rewards: Vector, values: Vector, *, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantages of one sequence that has ended (arXiv 1506.02438 eq. 16): V after its last token is 0.
+
+    With d_t = r_t + gamma V_{t+1} - V_t, A_t is the sum of (gamma lam)^j d_{t+j}. ``lam=1`` gives discounted
+    (Monte-Carlo) returns, whatever the values.
+
+    Args:
+        rewards: (n,) per own token of the policy, any unit: the outcome stands on the last, tool tokens have no place.
+        values: (n,) V of the state before each of these tokens, in the unit of the rewards.
+        gamma, lam: in [0, 1].
+
+    Returns:
+        Advantages (n,), and returns (n,), which are advantages + values: what a value model learns. The wider dtype of
+        rewards and values, float64 where neither is floating; on the device of ``rewards``.
+
+    Raises:
+        ValueError: empty, not 1-D, unequal lengths, not finite, or gamma or lam outside [0, 1].
+    """
+    return egae(rewards, values, gamma=gamma, lam=lam, truncated=False)
+
+
+def egae(
+    rewards: Vector, values: Vector, *, gamma: float, lam: float, truncated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE of a sequence that a window has cut (T-PPO, arXiv 2506.15050): V after the cut is taken for V at the cut.
+
+    ``truncated``: V(s_l) := V(s_{l-1}), so that without a reward the last delta is (gamma - 1) V(s_{l-1}): 0 for
+    gamma=1. Else equal to ``gae``, whose arguments, result and errors are the same.
+    """
+    for name, factor in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}={factor} must be between 0 and 1")
+    given, reward_type = _vector(rewards, "rewards", "own token", "mend the reward function, or drop the episode")
+    expected, value_type = _vector(values, "values", "own token", "lower the learning rate of the value model")
+    if len(given) != len(expected):
+        raise ValueError(f"{len(given)} rewards and {len(expected)} values must be of one length: one each per token")
+    terms = list(zip(given.tolist(), expected.tolist(), strict=True))
+    after = terms[-1][1] if truncated else 0.0
+    advantage, backwards = 0.0, []
+    for reward, value in reversed(terms):
+        advantage = reward + gamma * after - value + gamma * lam * advantage
+        backwards.append(advantage)
+        after = value
+    advantages = torch.tensor(backwards[::-1], dtype=torch.float64, device=given.device)
+    dtype = torch.promote_types(reward_type, value_type)
+    dtype = dtype if dtype.is_floating_point else torch.float64
+    return advantages.to(dtype), (advantages + expected.to(given.device)).to(dtype)
+
+
+def _vector(given: Any, name: str, one: str, remedy: str) -> tuple[torch.Tensor, torch.dtype]:
+    """As float64, and the dtype that it had; refused unless it is 1-D, finite and has an entry."""
+    tensor = given.detach() if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given))
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} must be 1-D: one per {one}")
+    if len(tensor) == 0:
+        raise ValueError(f"{name} are empty; give at least one {one}")
+    values = tensor.double()
     bad = (~values.isfinite()).nonzero()
     if len(bad):
-        at = int(bad[0])
-        raise ValueError(f"rewards[{at}] is {values[at].item()}; mend the reward function, or drop the episode")
+        raise ValueError(f"{name}[{int(bad[0])}] is {values[int(bad[0])].item()}; {remedy}")
+    return values, tensor.dtype
+
+
+def _checked(rewards: Any, group_ids: Any) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """Rewards as float64, groups as 0..k-1 in order of first sight, and the dtype to give back."""
+    values, dtype = _vector(rewards, "rewards", "episode", "mend the reward function, or drop the episode")
+    ids = group_ids.tolist() if isinstance(group_ids, torch.Tensor | np.ndarray) else list(group_ids)
+    if len(values) != len(ids):
+        raise ValueError(f"{len(values)} rewards and {len(ids)} group_ids must be of one length: one group per reward")
     for at, group in enumerate(ids):
         if isinstance(group, float) and not math.isfinite(group):
             raise ValueError(f"group_ids[{at}] is {group}; use integers or strings")
     number: dict[Any, int] = {}
-    groups = torch.tensor([number.setdefault(group, len(number)) for group in ids], device=given.device)
-    return values, groups, given.dtype if given.is_floating_point() else torch.float64
+    groups = torch.tensor([number.setdefault(group, len(number)) for group in ids], device=values.device)
+    return values, groups, dtype if dtype.is_floating_point else torch.float64
 
 
 def _group_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,14 +158,33 @@ def _constant(values: torch.Tensor, groups: torch.Tensor, size: int) -> torch.Te
     return (low == high)[groups]
 
 
-class Advantage(Protocol):
-    """A member of the ``advantage`` group: per episode and per sequence, one float64 entry per *own* token."""
+@dataclass
+class Estimate:
+    """What an advantage says of one episode: per sequence a float64 array with one entry per *own* token.
 
-    def __call__(self, episodes: list[Episode]) -> list[list[np.ndarray]]: ...
+    ``returns`` are the targets of the value model; None where there are none: no critic, or an unfinished episode.
+    """
+
+    advantages: list[np.ndarray]
+    returns: list[np.ndarray] | None = None
+
+
+class Advantage(Protocol):
+    """A member of the ``advantage`` group: one estimate per episode, over all episodes of a round in one call.
+
+    ``values``: per episode and per sequence V of the state before each own token, float64; None unless
+    ``needs_critic``.
+    """
+
+    needs_critic: bool
+
+    def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]: ...
 
 
 class Group:
     """``group_relative`` over whole episodes: every own token of an episode gets the episode's advantage."""
+
+    needs_critic = False
 
     def __init__(self, normalize: bool = True, clip: float | None = None) -> None:
         if clip is not None and not clip > 0:
@@ -117,7 +192,9 @@ class Group:
         self.normalize = normalize
         self.clip = clip
 
-    def __call__(self, episodes: list[Episode]) -> list[list[np.ndarray]]:
+    def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]:
+        if not episodes:
+            return []
         rewards, groups = _rewards(episodes)
         return _spread(episodes, group_relative(rewards, groups, normalize=self.normalize, clip=self.clip))
 
@@ -125,16 +202,118 @@ class Group:
 class Rloo:
     """``rloo`` over whole episodes: every own token of an episode gets the episode's advantage."""
 
-    def __call__(self, episodes: list[Episode]) -> list[list[np.ndarray]]:
-        return _spread(episodes, rloo(*_rewards(episodes)))
+    needs_critic = False
+
+    def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]:
+        return _spread(episodes, rloo(*_rewards(episodes))) if episodes else []
+
+
+class Gae:
+    """``gae`` over whole episodes, with a lambda of its own for the value model's targets (VC-PPO, arXiv 2503.01491).
+
+    The own tokens of an episode are one trajectory through all its sequences, in the order of time; the episode's
+    reward stands on the last of them. ``whiten``: ``whitened``, over the whole call.
+    """
+
+    needs_critic = True
+
+    def __init__(self, gamma: float = 1.0, lam: float = 0.95, lam_value: float = 1.0, whiten: bool = True) -> None:
+        for name, factor in (("gamma", gamma), ("lam", lam), ("lam_value", lam_value)):
+            if not 0 <= factor <= 1:
+                raise UserError(f"advantage.{name}: {factor} must be between 0 and 1; leave it out for the usual one")
+        self.gamma, self.lam, self.lam_value, self.whiten = gamma, lam, lam_value, whiten
+
+    def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]:
+        """Raises ValueError for an unfinished episode, a reward that is not finite, or values of another length."""
+        _refuse_unfinished(episodes, "advantage=egae takes unfinished episodes")
+        return self.estimates(episodes, values or [])
+
+    def estimates(self, episodes: list[Episode], values: list[list[np.ndarray]]) -> list[Estimate]:
+        """Of all episodes, unfinished ones cut where they stand and without returns."""
+        _check(episodes, values)
+        result = [
+            _estimate(episode, each, self.gamma, self.lam, self.lam_value)
+            for episode, each in zip(episodes, values, strict=True)
+        ]
+        return whitened(episodes, result) if self.whiten else result
+
+
+class Egae(Gae):
+    """T-PPO's estimate (arXiv 2506.15050): ``egae`` for what a window has cut, ``gae`` for what has ended.
+
+    Trajectories, rewards and ``whiten`` as in ``Gae``. Only episodes that have ended teach the value model, on
+    Monte-Carlo returns.
+    """
+
+    def __init__(self, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> None:
+        super().__init__(gamma, lam, 1.0, whiten)
+
+    def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]:
+        """Raises ValueError for a reward that is not finite, or values of another length."""
+        return self.estimates(episodes, values or [])
+
+
+def whitened(episodes: list[Episode], estimates: list[Estimate]) -> list[Estimate]:
+    """Advantages shifted and scaled to mean 0 and standard deviation 1 over the tokens that the policy trains on now.
+
+    Those are the own tokens from ``Sequence.trained`` on; the others stay as they are. The deviation has ddof=1, and
+    1e-8 is added to its square, as in verl's masked whitening. Fewer than two tokens stay as they are.
+    """
+    starts = [[sequence.trained for sequence in episode.sequences] for episode in episodes]
+    pairs = [pair for e, s in zip(estimates, starts, strict=True) for pair in zip(e.advantages, s, strict=True)]
+    fresh = np.concatenate([values[start:] for values, start in pairs]) if pairs else np.zeros(0)
+    if len(fresh) < 2:
+        return estimates
+    mean, deviation = fresh.mean(), math.sqrt(fresh.var(ddof=1) + WHITEN_EPSILON)
+
+    def white(values: np.ndarray, start: int) -> np.ndarray:
+        return np.concatenate([values[:start], (values[start:] - mean) / deviation])
+
+    return [
+        Estimate([white(v, s) for v, s in zip(e.advantages, each, strict=True)], e.returns)
+        for e, each in zip(estimates, starts, strict=True)
+    ]
+
+
+def _estimate(episode: Episode, values: list[np.ndarray], gamma: float, lam: float, lam_value: float) -> Estimate:
+    """One episode's own tokens as one trajectory, and back to its sequences."""
+    cut = episode.status is Status.UNFINISHED
+    ends = np.cumsum([len(v) for v in values], dtype=int)
+    flat = np.concatenate([np.zeros(0), *values])
+    advantages, returns = flat, flat
+    if len(flat):
+        rewards = np.zeros(len(flat))
+        rewards[-1] = 0.0 if cut else episode.reward
+        parts = [egae(rewards, flat, gamma=gamma, lam=factor, truncated=cut) for factor in (lam, lam_value)]
+        advantages, returns = parts[0][0].numpy(), parts[1][1].numpy()
+    return Estimate(np.split(advantages, ends)[:-1], None if cut else np.split(returns, ends)[:-1])
+
+
+def _check(episodes: list[Episode], values: list[list[np.ndarray]]) -> None:
+    if len(values) != len(episodes):
+        raise ValueError(f"{len(episodes)} episodes but values of {len(values)}; give the critic's values of each")
+    for episode, each in zip(episodes, values, strict=True):
+        given, own = [len(v) for v in each], [sequence.own_tokens for sequence in episode.sequences]
+        prompt = f"prompt {episode.prompt_id}"
+        if given != own:
+            raise ValueError(f"{prompt}: {given} values for sequences of {own} own tokens; give one each")
+        if not math.isfinite(episode.reward):
+            raise ValueError(f"{prompt}: reward {episode.reward} is not finite; mend the reward function")
+
+
+def _refuse_unfinished(episodes: list[Episode], remedy: str) -> None:
+    for episode in episodes:
+        if episode.status is Status.UNFINISHED:
+            raise ValueError(f"prompt {episode.prompt_id}: an unfinished episode has no reward; {remedy}")
 
 
 def _rewards(episodes: list[Episode]) -> tuple[list[float], list[str]]:
+    _refuse_unfinished(episodes, "hand in a group when all its members have ended")
     return [float(episode.reward) for episode in episodes], [episode.group_id for episode in episodes]
 
 
-def _spread(episodes: list[Episode], advantages: torch.Tensor) -> list[list[np.ndarray]]:
+def _spread(episodes: list[Episode], advantages: torch.Tensor) -> list[Estimate]:
     return [
-        [np.full(sequence.own_tokens, advantage) for sequence in episode.sequences]
+        Estimate([np.full(sequence.own_tokens, advantage) for sequence in episode.sequences])
         for episode, advantage in zip(episodes, advantages.tolist(), strict=True)
     ]

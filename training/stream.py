@@ -103,7 +103,7 @@ class RolloutStream:
         groups, metrics = self._roll_out(version)
         metrics["time/sync"], metrics["time/generate"] = synced - start, time.monotonic() - synced
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
-        advantages = [self.axes.advantage(group.episodes) for group in groups]
+        advantages = [[e.advantages for e in self.axes.advantage(group.episodes)] for group in groups]
         self.on_round(groups, advantages)
         self.pending.extend(self._steps(groups, advantages))
         if self.anchor is not None and len(self.pending) > 1:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.episode import Episode, Sequence
+from rollout.episode import Episode, Sequence, Status
 from rollout.errors import UserError
 from training.advantages import Group, Rloo, group_relative, rloo
 
@@ -126,7 +126,17 @@ def test_members_count_episodes_not_sequences():
     for member, function in ((Group(), group_relative), (Rloo(), rloo)):
         expected = function([1.5, 0.5, 0.5, 0.5], ["a", "b", "a", "a"]).tolist()
         got = member(episodes)
-        assert [[len(x) for x in sequences] for sequences in got] == [[3, 2, 1], [1], [4], [2]]
-        for arrays, advantage in zip(got, expected, strict=True):
-            assert all((x == advantage).all() and x.dtype == np.float64 for x in arrays)
+        assert [[len(x) for x in estimate.advantages] for estimate in got] == [[3, 2, 1], [1], [4], [2]]
+        for estimate, advantage in zip(got, expected, strict=True):
+            assert all((x == advantage).all() and x.dtype == np.float64 for x in estimate.advantages)
+            assert estimate.returns is None
         assert expected[1] == 0.0
+        assert member([]) == [] and not member.needs_critic
+
+
+@pytest.mark.parametrize("member", [Group(), Rloo()])
+def test_a_group_is_compared_only_when_all_its_members_have_ended(member):
+    late = episode("a", 0.0, 2)
+    late.status = Status.UNFINISHED
+    with pytest.raises(ValueError, match="prompt p: an unfinished episode has no reward; hand in a group when all"):
+        member([episode("a", 1.0, 3), late])
