@@ -1,4 +1,4 @@
-"""Policy losses over the policy's own tokens: flat 1-D tensors in, a loss and a clipped flag per token out."""
+"""Losses over the policy's own tokens: flat 1-D tensors in, a loss and a clipped flag per token out."""
 
 from __future__ import annotations
 
@@ -101,6 +101,27 @@ class Gspo:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = per_sequence(logprobs - old_logprobs, sequence_ids, mean=True).exp()
         return _surrogate(ratio, advantages, self.clip_low, self.clip_high)
+
+
+def value_loss(
+    values: torch.Tensor, returns: torch.Tensor, old_values: torch.Tensor, clip: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error of a value model, with a step per token of at most ``clip`` (PPO's own code; verl's).
+
+    0.5 max((V - R)^2, (V' - R)^2) with V' = V cut to ``old_values`` ± ``clip``; ``clip=None``: 0.5 (V - R)^2.
+
+    Args:
+        values: (n,) V of the state before each token, in the unit of the rewards, with gradient.
+        returns, old_values: (n,) targets, and what the model said at the rollout.
+
+    Returns:
+        The loss per token (n,), and a bool (n,): True where clipping took the gradient away.
+    """
+    error = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * error, torch.zeros_like(error, dtype=torch.bool)
+    bounded = (torch.clamp(values, old_values - clip, old_values + clip) - returns) ** 2
+    return 0.5 * torch.max(error, bounded), bounded > error
 
 
 def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,17 @@ import torch
 from rollout.episode import Sequence as EpisodeSequence
 
 IGNORED = -100  # no target
+PER_TOKEN = ("advantages", "behaviour_logprobs", "weights", "returns", "values")
 
 
 @dataclass
 class TrainSequence:
     """One sequence as training sees it; every array has length n, one entry per token.
 
-    ``advantages``, ``behaviour_logprobs`` and ``weights`` (of the aggregation) are 0 on tokens that the policy did not
-    write, ``versions`` -1. ``index`` is unique in a call of ``pack``.
+    ``own_mask`` is True on the tokens that get a loss: those that the policy wrote, or a part of them. ``advantages``,
+    ``behaviour_logprobs``, ``weights`` (of the aggregation), ``returns`` (targets of the value model) and ``values``
+    (what it said at the rollout) are 0 on all others; the last two are None, for 0 everywhere, without a value model.
+    ``versions`` is -1 on tokens that the policy did not write. ``index`` is unique in a call of ``pack``.
     """
 
     token_ids: np.ndarray
@@ -29,10 +32,12 @@ class TrainSequence:
     weights: np.ndarray
     index: int
     versions: np.ndarray
+    returns: np.ndarray | None = None
+    values: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        names = ("own_mask", "advantages", "behaviour_logprobs", "weights", "versions")
-        lengths = {name: len(getattr(self, name)) for name in names}
+        arrays = {name: getattr(self, name) for name in ("own_mask", "versions", *PER_TOKEN)}
+        lengths = {name: len(array) for name, array in arrays.items() if array is not None}
         if set(lengths.values()) != {len(self.token_ids)}:
             raise ValueError(
                 f"sequence {self.index}: {len(self.token_ids)} token_ids but {lengths}; give one entry each"
@@ -41,10 +46,22 @@ class TrainSequence:
             raise ValueError(f"sequence {self.index} must open with a token of its prompt: nothing predicts the first")
 
     @classmethod
-    def of(cls, sequence: EpisodeSequence, index: int, advantages: np.ndarray, weights: np.ndarray) -> TrainSequence:
-        """From a rollout's sequence, with one advantage and one weight per *own* token.
+    def of(
+        cls,
+        sequence: EpisodeSequence,
+        index: int,
+        advantages: np.ndarray,
+        weights: np.ndarray,
+        *,
+        mask: np.ndarray | None = None,
+        returns: np.ndarray | None = None,
+        values: np.ndarray | None = None,
+    ) -> TrainSequence:
+        """From a rollout's sequence; every array has one entry per *own* token of it, also where ``mask`` is False.
 
-        ``train_prompt_ids`` takes the place of the sampled prompt where it is given.
+        ``mask`` (bool) chooses the own tokens that get a loss: the others become as tokens that the policy did not
+        write, whatever the arrays hold for them. ``train_prompt_ids`` takes the place of the sampled prompt where it
+        is given.
         """
         prompt = sequence.token_ids[: sequence.prompt_length]
         if sequence.train_prompt_ids is not None:
@@ -52,14 +69,21 @@ class TrainSequence:
         rest = slice(sequence.prompt_length, None)
         own = np.array([False] * len(prompt) + sequence.own_mask[rest], dtype=bool)
         logprobs = [x for x, mine in zip(sequence.behaviour_logprobs, sequence.own_mask, strict=True) if mine]
+        chosen = np.ones(own.sum(), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+
+        def spread(array: np.ndarray) -> np.ndarray:
+            return _on_own(own, array, chosen)
+
         return cls(
             token_ids=np.array(prompt + sequence.token_ids[rest], dtype=np.int64),
-            own_mask=own,
-            advantages=_on_own(own, advantages),
-            behaviour_logprobs=_on_own(own, np.array(logprobs, dtype=np.float64)),
-            weights=_on_own(own, weights),
+            own_mask=spread(chosen).astype(bool),
+            advantages=spread(advantages),
+            behaviour_logprobs=spread(np.array(logprobs, dtype=np.float64)),
+            weights=spread(weights),
             index=index,
             versions=np.array([-1] * len(prompt) + sequence.versions[rest], dtype=np.int64),
+            returns=None if returns is None else spread(returns),
+            values=None if values is None else spread(values),
         )
 
     def __len__(self) -> int:
@@ -72,8 +96,9 @@ class MicroBatch:
 
     Position i of a row holds token i of some sequence in ``input_ids`` and ``position_ids`` (0, 1, ... per sequence),
     and, in all other fields, what belongs to the token it predicts, i + 1 of the same sequence: ``targets`` (-100 at
-    a sequence's last token and on padding), ``policy_mask`` (the policy wrote the target), ``advantages``,
-    ``behaviour_logprobs``, ``weights``. ``sequence_ids`` is the sequence's ``index``, -1 on padding. Padding
+    a sequence's last token and on padding), ``policy_mask`` (the policy wrote the target, and it gets a loss),
+    ``advantages``, ``behaviour_logprobs``, ``weights``, ``returns``, ``values``. A value model's output at position i
+    is thus V of the state before the target. ``sequence_ids`` is the sequence's ``index``, -1 on padding. Padding
     stands at the end of a row only and goes on counting positions, so that a row of one sequence needs no mask.
     """
 
@@ -84,13 +109,15 @@ class MicroBatch:
     advantages: torch.Tensor
     behaviour_logprobs: torch.Tensor
     weights: torch.Tensor
+    returns: torch.Tensor
+    values: torch.Tensor
     sequence_ids: torch.Tensor
 
     def to(self, device: torch.device | str) -> MicroBatch:
         return MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def own(self, values: torch.Tensor) -> torch.Tensor:
-        """The entries of a (rows, row_length) tensor whose targets the policy wrote: flat, row by row."""
+        """The entries of a (rows, row_length) tensor whose targets get a loss: flat, row by row."""
         return values[self.policy_mask]
 
     @property
@@ -152,7 +179,7 @@ def unpack(batch: MicroBatch, values: torch.Tensor) -> dict[int, np.ndarray]:
 def empty_like(batch: MicroBatch) -> MicroBatch:
     """One row without any target: it gives the model zero gradients, so that every rank runs as many micro-batches."""
     corner = {field.name: getattr(batch, field.name)[:1, :2].clone() for field in fields(batch)}
-    for name in ("advantages", "behaviour_logprobs", "weights"):
+    for name in PER_TOKEN:
         corner[name].zero_()
     corner["targets"].fill_(IGNORED)
     corner["policy_mask"].fill_(False)
@@ -164,11 +191,12 @@ def _tokens(row: list[TrainSequence]) -> int:
     return sum(map(len, row))
 
 
-def _on_own(own: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if len(values) != own.sum():
-        raise ValueError(f"{len(values)} values for {own.sum()} own tokens; give one for each token the policy wrote")
+def _on_own(own: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    if not len(values) == len(chosen) == own.sum():
+        given = len(values) if len(values) != own.sum() else len(chosen)
+        raise ValueError(f"{given} values for {own.sum()} own tokens; give one for each token the policy wrote")
     full = np.zeros(len(own))
-    full[own] = values
+    full[np.flatnonzero(own)[chosen]] = np.asarray(values)[chosen]
     return full
 
 
@@ -180,7 +208,7 @@ def _micro_batch(rows: list[list[TrainSequence]], pad_id: int) -> MicroBatch:
         "targets": np.full(shape, IGNORED, dtype=np.int64),
         "policy_mask": np.zeros(shape, dtype=bool),
         "sequence_ids": np.full(shape, -1, dtype=np.int64),
-        **{name: np.zeros(shape, dtype=np.float32) for name in ("advantages", "behaviour_logprobs", "weights")},
+        **{name: np.zeros(shape, dtype=np.float32) for name in PER_TOKEN},
     }
     for number, row in enumerate(rows):
         start = 0
@@ -192,7 +220,8 @@ def _micro_batch(rows: list[list[TrainSequence]], pad_id: int) -> MicroBatch:
             arrays["sequence_ids"][here] = sequence.index
             arrays["targets"][predicts] = sequence.token_ids[1:]
             arrays["policy_mask"][predicts] = sequence.own_mask[1:]
-            for name in ("advantages", "behaviour_logprobs", "weights"):
-                arrays[name][predicts] = getattr(sequence, name)[1:]
+            for name in PER_TOKEN:
+                if (array := getattr(sequence, name)) is not None:
+                    arrays[name][predicts] = array[1:]
             start = end
     return MicroBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.errors import UserError
-from training.losses import Cispo, Clip, Gspo, kl_k3
+from training.losses import Cispo, Clip, Gspo, kl_k3, value_loss
 
 SEEDS = st.integers(0, 10_000)
 
@@ -91,6 +91,76 @@ def test_k3_estimates_the_divergence():
         estimate, torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="sum")
     )
     assert (kl_k3(policy, reference) >= 0).all()
+
+
+def central_difference(function, at, step=1e-6):
+    """The gradient of a scalar function of a float64 vector, one entry at a time."""
+    result = []
+    for i in range(len(at)):
+        up, down = at.detach().clone(), at.detach().clone()
+        up[i], down[i] = up[i] + step, down[i] - step
+        result.append((function(up) - function(down)).item() / (2 * step))
+    return result
+
+
+@given(SEEDS, st.sampled_from([None, 1.5]))
+def test_the_gradient_of_clip_is_that_of_finite_differences(seed, dual):
+    logprobs, old, advantages, ids = tokens(seed)
+
+    def loss(at):
+        return Clip(0.2, 0.28, dual)(at, old, advantages, ids)[0].sum()
+
+    ratio = (logprobs - old).exp()
+    kinks = [0.8, 1.28] if dual is None else [0.8, 1.28, dual]
+    smooth = torch.stack([(ratio - kink).abs() > 1e-4 for kink in kinks]).all(0)
+    (gradient,) = torch.autograd.grad(loss(logprobs), logprobs)
+    np.testing.assert_allclose(gradient[smooth], np.array(central_difference(loss, logprobs))[smooth], atol=1e-7)
+
+
+def value_tokens(seed, n=24):
+    generator = torch.Generator().manual_seed(seed)
+    values, returns, old = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    old[::3] = values[::3] + 0.05  # some inside the range
+    return values.requires_grad_(), returns, old
+
+
+@given(SEEDS, st.sampled_from([None, 0.01, 0.2, 5.0]))
+def test_value_loss_is_the_formula(seed, clip):
+    values, returns, old = value_tokens(seed)
+    loss, clipped = value_loss(values, returns, old, clip)
+    for i, (v, r, o) in enumerate(zip(values.tolist(), returns.tolist(), old.tolist(), strict=True)):
+        plain = (v - r) ** 2
+        bounded = plain if clip is None else (min(max(v, o - clip), o + clip) - r) ** 2
+        assert loss[i].item() == pytest.approx(0.5 * max(plain, bounded), rel=1e-12)
+        assert clipped[i].item() == (bounded > plain)
+
+
+@given(SEEDS, st.sampled_from([None, 0.2]))
+def test_the_gradient_of_value_loss_is_that_of_finite_differences(seed, clip):
+    values, returns, old = value_tokens(seed)
+
+    def loss(at):
+        return value_loss(at, returns, old, clip)[0].sum()
+
+    (gradient,) = torch.autograd.grad(loss(values), values)
+    _, clipped = value_loss(values, returns, old, clip)
+    assert ((gradient == 0) == clipped).all()
+    # Kinks: where the cut begins, and where both errors are equal on the two sides of the return.
+    cut = values if clip is None else torch.clamp(values, old - clip, old + clip)
+    smooth = (((cut - returns).abs() - (values - returns).abs()).abs() > 1e-4) | (cut == values)
+    if clip is not None:
+        smooth &= ((values - old).abs() - clip).abs() > 1e-4
+    np.testing.assert_allclose(gradient[smooth], np.array(central_difference(loss, values))[smooth], atol=1e-7)
+
+
+def test_nan_reaches_the_value_loss_and_no_tokens_are_no_trouble():
+    values, returns, old = value_tokens(0)
+    returns[3] = math.nan
+    assert value_loss(values, returns, old, 0.2)[0][3].isnan() and value_loss(values, returns, old, None)[0][3].isnan()
+    none = torch.zeros(0, requires_grad=True)
+    per_token, clipped = value_loss(none, none.detach(), none.detach(), 0.2)
+    per_token.sum().backward()
+    assert per_token.shape == clipped.shape == (0,)
 
 
 @pytest.mark.parametrize("loss", [Clip(), Cispo(), Gspo()])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.episode import Sequence
-from training.packing import IGNORED, TrainSequence, empty_like, pack, unpack
+from training.packing import IGNORED, PER_TOKEN, TrainSequence, empty_like, pack, unpack
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -19,7 +19,8 @@ def sequence(index, length, own=None):
         return np.where(own, generator.normal(size=length), 0.0)
 
     ids = generator.integers(1, 1000, length)
-    return TrainSequence(ids, own, numbers(), numbers(), numbers(), index, np.where(own, 7, -1))
+    critic = (numbers(), numbers()) if index % 2 == 0 else ()
+    return TrainSequence(ids, own, numbers(), numbers(), numbers(), index, np.where(own, 7, -1), *critic)
 
 
 @given(LENGTHS, st.integers(30, 90), st.sampled_from([None, 1, 30, 45]))
@@ -37,8 +38,9 @@ def test_unpack_inverts_pack(lengths, max_tokens, row_tokens):
             np.testing.assert_array_equal(fields["position_ids"][index], np.arange(len(given_)))
             np.testing.assert_array_equal(fields["targets"][index], [*given_.token_ids[1:], IGNORED])
             np.testing.assert_array_equal(fields["policy_mask"][index], [*given_.own_mask[1:], False])
-            for name in ("advantages", "behaviour_logprobs", "weights"):
-                expected = [*getattr(given_, name)[1:], 0.0]
+            for name in PER_TOKEN:
+                array = getattr(given_, name)
+                expected = [*(np.zeros(len(given_)) if array is None else array)[1:], 0.0]
                 np.testing.assert_array_equal(fields[name][index], np.float32(expected))
             if given_.own_mask.any():
                 np.testing.assert_array_equal(own[index], np.float32(given_.advantages[given_.own_mask]))
@@ -85,7 +87,8 @@ def test_an_empty_batch_trains_nothing():
     (batch,) = pack([sequence(0, 9), sequence(1, 5)], max_tokens=20, pad_id=0)
     empty = empty_like(batch)
     assert empty.shape == (1, 2)
-    assert not empty.policy_mask.any() and (empty.targets == IGNORED).all() and empty.weights.sum() == 0
+    assert not empty.policy_mask.any() and (empty.targets == IGNORED).all()
+    assert all((getattr(empty, name) == 0).all() for name in PER_TOKEN)
     assert unpack(empty, empty.input_ids) == {}
 
 
@@ -100,10 +103,36 @@ def test_a_rollout_becomes_a_train_sequence():
     assert got.behaviour_logprobs.tolist() == [0, 0, 0, -0.1, -0.2, 0, -0.3]
     assert got.weights.tolist() == [0, 0, 0, 0.1, 0.2, 0, 0.3]
     assert got.versions.tolist() == [-1, -1, -1, 7, 8, -1, 8]
+    assert got.returns is None and got.values is None
     rollout.train_prompt_ids = [9]
     short = TrainSequence.of(rollout, 5, np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3]))
     assert short.token_ids.tolist() == [9, 4, 5, 6, 7]
     assert short.advantages.tolist() == [0, 1, 2, 0, 3]
+
+
+def test_a_mask_chooses_the_own_tokens_that_get_a_loss():
+    rollout = Sequence.open([1, 2])
+    rollout.append_own([3, 4], [-0.1, -0.2], [7, 7])
+    rollout.append_injected([5])
+    rollout.append_own([6, 7], [-0.3, -0.4], [8, 8])
+    each, nan = np.array([1.0, 2.0, 3.0, 4.0]), np.array([np.nan, 2.0, 3.0, np.nan])
+    got = TrainSequence.of(
+        rollout, 0, nan, each, mask=np.array([False, True, True, False]), returns=10 * nan, values=nan
+    )
+    assert got.own_mask.tolist() == [False, False, False, True, False, True, False]
+    assert got.advantages.tolist() == got.values.tolist() == got.weights.tolist() == [0, 0, 0, 2, 0, 3, 0]
+    assert got.returns.tolist() == [0, 0, 0, 20, 0, 30, 0]
+    assert got.behaviour_logprobs.tolist() == [0, 0, 0, -0.2, 0, -0.3, 0]
+    assert got.versions.tolist() == [-1, -1, 7, 7, -1, 8, 8]
+    (batch,) = pack([got], max_tokens=7, pad_id=0)
+    assert batch.own(batch.targets).tolist() == [4, 6] and batch.own(batch.returns).tolist() == [20, 30]
+    assert batch.policy_mask[0].tolist() == [False, False, True, False, True, False, False], "where it is predicted"
+    nothing = TrainSequence.of(rollout, 0, nan, each, mask=np.zeros(4, dtype=bool))
+    assert not nothing.own_mask.any() and not nothing.advantages.any()
+    with pytest.raises(ValueError, match="3 values for 4 own tokens"):
+        TrainSequence.of(rollout, 0, each, each, mask=np.ones(3, dtype=bool))
+    with pytest.raises(ValueError, match="2 values for 4 own tokens"):
+        TrainSequence.of(rollout, 0, each, each, returns=each[:2])
 
 
 def test_bad_input_is_refused():
