@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollout.episode import Episode
 from rollout.errors import WaitTimeout
@@ -88,7 +89,24 @@ class RolloutBuffer:
                     raise WaitTimeout(
                         f"no episode arrived for {timeout:.0f} s: {len(ready)} of {n} groups are complete"
                     )
-            for group in ready:
-                del self.groups[group.group_id]
-                group.episodes.sort(key=lambda episode: episode.sample)
-            return ready
+            return self._out(ready)
+
+    def ready(self) -> list[Group]:
+        """The groups that are complete now, in the order asked for, episodes by sample; none may be."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            return self._out(sorted((g for g in self.groups.values() if g.complete), key=lambda g: g.order))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups that are not complete, and the count that orders them."""
+        return {"groups": self.groups, "asked": self._asked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.groups, self._asked = dict(state["groups"]), state["asked"]
+
+    def _out(self, groups: list[Group]) -> list[Group]:
+        for group in groups:
+            del self.groups[group.group_id]
+            group.episodes.sort(key=lambda episode: episode.sample)
+        return groups

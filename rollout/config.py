@@ -43,6 +43,7 @@ class VllmConfig:
     tensor_parallel_size: int = 1
     enforce_eager: bool = True
     deterministic: bool = False
+    keep_cache: bool = False  # at weight updates: what a window cut goes on from KV of older weights
     scheduler_cls: str | None = None
     scheduler_options: dict[str, Any] = field(default_factory=dict)  # reaches the scheduler as additional_config
     extra: dict[str, Any] = field(default_factory=dict)  # any other vLLM engine argument, unchanged

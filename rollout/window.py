@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +56,12 @@ class Slot:
 
 @dataclass
 class Ended:
-    """What a window leaves: episodes that are over, by slot, copies of those that are not, and drops by cause."""
+    """What a window leaves: episodes that are over, by slot, copies of those that are not, and drops with causes."""
 
-    finished: list[Episode] = field(default_factory=list)
-    unfinished: list[Episode] = field(default_factory=list)
-    drops: list[tuple[Job, str]] = field(default_factory=list)
+    finished: list[Episode]
+    unfinished: list[Episode]
+    drops: list[tuple[Job, str]]
+    tokens: int  # written in it
 
 
 class Window:
@@ -68,12 +69,14 @@ class Window:
 
     ``supply`` gives the next job when a slot is free; it is called on the rollout loop, while ``play`` waits. In
     lockstep newcomers start, and everyone writes on, only when all have stopped: batches then depend on the episodes
-    alone, and nobody is cut.
+    alone, and nobody is cut. ``once``: unfinished episodes go to training too, and what they have written so far is
+    from then on marked as trained. An episode that has met the end of ``max_age`` windows is dropped.
     """
 
-    def __init__(self, runner: Runner, length: int, slots: int, max_age: int, supply: Callable[[], Job]) -> None:
-        self.runner, self.length, self.max_age, self.supply = runner, length, max_age, supply
+    def __init__(self, runner: Runner, length: int, slots: int, max_age: int, *, once: bool) -> None:
+        self.runner, self.length, self.max_age, self.once = runner, length, max_age, once
         self.policy: Policy | None = None  # set by the builder: the policy in turn asks its window for tokens
+        self.supply: Callable[[], Job] | None = None  # set by whoever has jobs
         self.slots = [Slot() for _ in range(slots)]
         self._by_program: dict[str, Slot] = {}
         self._cut: set[str] = set()
@@ -88,16 +91,6 @@ class Window:
     def play(self, timeout: float) -> Ended:
         """Open a window, wait until it is over and give what it left; raises what ended the rollouts."""
         return self.runner.call(self._play(), timeout, f"a window of {self.length} tokens to end")
-
-    def mark_trained(self) -> None:
-        """All that unfinished episodes have written so far is the policy's past: later windows leave it alone."""
-
-        async def mark() -> None:
-            for live in self._lives():
-                for sequence in live.episode.sequences:
-                    sequence.trained = sequence.own_tokens
-
-        self.runner.call(mark(), 60.0, "unfinished episodes to be marked")
 
     def state_dict(self) -> list[dict[str, Any] | None]:
         """Unfinished episodes by slot, as they stand between two windows."""
@@ -189,7 +182,11 @@ class Window:
                 self._release(live)
                 self._drops.append((live.job, "too_old"))
         finished = [episode for _, episode in sorted(self._finished, key=lambda pair: pair[0])]
-        return Ended(finished, [live.episode.snapshot() for live in self._lives()], self._drops)
+        unfinished = [live.episode.snapshot() for live in self._lives()]
+        if self.once:
+            for sequence in (sequence for live in self._lives() for sequence in live.episode.sequences):
+                sequence.trained = sequence.own_tokens
+        return Ended(finished, unfinished, self._drops, self._wrote)
 
     def _proceed(self) -> None:
         """Start and let on whoever may; see whether the window is over."""
@@ -201,6 +198,7 @@ class Window:
         started = False
         for slot in self.slots:
             if slot.live is None and slot.left > 0:
+                assert self.supply is not None
                 job = self.supply()
                 self._start(slot, Live(job, Episode.begin(job.row.id, job.group_id, job.sample, job.row.difficulty)))
                 started = True

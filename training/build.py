@@ -20,14 +20,17 @@ from rollout.scheduling.files import with_files
 from rollout.speaker import Policy
 from rollout.tasks import Task
 from rollout.weights import Probe, bound_for, model_logprobs, sync
+from rollout.window import Window
 from training import checkpoint, journal
-from training.config import TrainingConfig
+from training.config import EgaeConfig, TrainingConfig, TruncatedConfig
+from training.critic import Critic
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
-from training.stream import Axes, RolloutStream
+from training.rollouts import Axes, CompleteRollouts, Rollouts, Source, TruncatedRollouts
+from training.stream import RolloutStream
 from training.trainer import Objective, RolloutTrainer
 
 if TYPE_CHECKING:
@@ -108,6 +111,20 @@ def make_policy(cfg: TrainingConfig, engine: Engine, tokenizer: PreTrainedTokeni
     sampling = Sampling(max_tokens=1, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)
     seed = cfg.seed if cfg.engine.deterministic else None
     return Policy(engine, Chat(tokenizer), sampling, cfg.engine.max_model_len, seed=seed)
+
+
+def make_rollouts(cfg: TrainingConfig, task: Task, axes: Axes, runner: Runner, policy: Policy) -> Rollouts:
+    """The member of the ``window`` axis with all that it plays."""
+    timeout_s = cfg.limits.episode_timeout_s * (cfg.limits.retries + 2)
+    prompts = PromptOrder(task.rows("train"), cfg.seed)
+    source = Source(prompts, axes, runner, policy, cfg.batch.prompts, timeout_s)
+    if not isinstance(cfg.window, TruncatedConfig):
+        return CompleteRollouts(source)
+    longest, unfinished = cfg.limits.max_new_tokens, isinstance(cfg.advantage, EgaeConfig)
+    slots = cfg.batch.prompts * cfg.budget.samples
+    window = Window(runner, cfg.window.tokens(longest), slots, max_age=cfg.window.oldest(longest), once=unfinished)
+    window.policy = source.policy = replace(policy, window=window)
+    return TruncatedRollouts(source, window, unfinished=unfinished)
 
 
 def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
@@ -212,6 +229,7 @@ def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     reference: Callable[[MicroBatch], torch.Tensor] | None,
+    critic: Critic | None,
     callbacks: list[TrainerCallback],
 ) -> RolloutTrainer:
     """The trainer, its stream still to be set."""
@@ -225,38 +243,44 @@ def make_trainer(
     )
     arguments = training_arguments(cfg, run_dir)
     return RolloutTrainer(
-        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks
+        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks, critic
     )
 
 
 def make_stream(
     cfg: TrainingConfig,
-    task: Task,
-    axes: Axes,
-    runner: Runner,
-    policy: Policy,
+    rollouts: Rollouts,
     trainer: RolloutTrainer,
     engine_sync: EngineSync,
     log: journal.Journal,
+    on_warm_up: Callable[[int, dict[str, float]], None],
 ) -> RolloutStream:
     """The stream that the trainer iterates over."""
     return RolloutStream(
-        PromptOrder(task.rows("train"), cfg.seed),
-        axes,
-        runner,
-        policy,
+        rollouts,
         cfg.batch if packs(trainer.model, cfg) else replace(cfg.batch, row_tokens=1),
         seed=cfg.seed,
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
         sync=lambda: engine_sync(trainer.state.global_step),
         anchor=trainer.logprobs if cfg.anchor.kind == "recomputed" else None,
-        on_round=lambda groups, advantages: log.write_episodes(
-            trainer.state.global_step + 1, groups, advantages, cfg.episodes_logged
+        critic=trainer.critic,
+        on_round=lambda groups, estimates: log.write_episodes(
+            trainer.state.global_step + 1, groups, estimates, cfg.episodes_logged
         ),
+        on_warm_up=on_warm_up,
+        engine_steps=engine_steps(engine_sync),
         keep_zero=cfg.kl.coef != 0,
-        timeout_s=cfg.limits.episode_timeout_s * (cfg.limits.retries + 2),
     )
+
+
+def engine_steps(engine_sync: EngineSync) -> Callable[[], int] | None:
+    """Counts the engine's steps where it does: in this process."""
+
+    def stats() -> dict[str, float]:
+        return engine_sync.runner.call(engine_sync.engine.stats(), engine_sync.timeout_s, "the engine's statistics")
+
+    return (lambda: int(stats()["steps"])) if "steps" in stats() else None
 
 
 def packs(model: Any, cfg: TrainingConfig) -> bool:

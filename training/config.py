@@ -83,6 +83,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class ValueModelConfig:
+    """A token-classification model with one label, of its own weights and optimizer, beside the policy."""
+
+    path: str | None = None  # None: from the policy's checkpoint
+    dtype: str = "float32"
+    warmup_rounds: int = 5  # rounds of rollouts that train it alone, before the policy's first step
+    warmup_epochs: int = 4
+    epochs: int = 1  # a round
+    minibatches: int = 1
+    clip: float | None = 0.2
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
+
+
+@dataclass
 class KlConfig:
     """Penalty towards the policy that the run started from (k3 estimator); 0 keeps no reference in memory."""
 
@@ -115,6 +129,27 @@ class RlooConfig:
     """Rewards relative to the mean of the other members."""
 
     _target_: str = "training.advantages.Rloo"
+
+
+@dataclass
+class GaeConfig:
+    """PPO: a value model's expectation, over whole episodes; the value model's targets have a lambda of their own."""
+
+    _target_: str = "training.advantages.Gae"
+    gamma: float = 1.0
+    lam: float = 0.95
+    lam_value: float = 1.0
+    whiten: bool = True
+
+
+@dataclass
+class EgaeConfig:
+    """T-PPO's extended GAE: also of episodes that a window has cut."""
+
+    _target_: str = "training.advantages.Egae"
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
 
 
 @dataclass
@@ -185,6 +220,37 @@ class AnchorConfig:
         require(
             self.kind in ("behaviour", "recomputed"), "anchor.kind", f"{self.kind!r} is not behaviour or recomputed"
         )
+
+
+@dataclass
+class CompleteConfig:
+    """Every episode to its end: a step waits for the longest."""
+
+
+@dataclass
+class TruncatedConfig:
+    """T-PPO: every slot writes ``length`` own tokens a step; what is not over goes on in the next (arXiv 2506.15050).
+
+    ``length`` null is a third of ``limits.max_new_tokens``, as in the paper (8K of 24K).
+    """
+
+    length: int | None = None
+    max_windows: int | None = None  # older episodes are dropped and counted; None: four times what the longest needs
+
+    def __post_init__(self) -> None:
+        require(self.length is None or self.length > 0, "window.length", f"{self.length} must be at least 1")
+
+    def tokens(self, max_new_tokens: int) -> int:
+        """Own tokens of a window, for episodes of at most so many."""
+        return self.length or -(-max_new_tokens // 3)
+
+    def needed(self, max_new_tokens: int) -> int:
+        """Windows that the longest episode needs: it may start inside of one."""
+        return -(-max_new_tokens // self.tokens(max_new_tokens)) + 1
+
+    def oldest(self, max_new_tokens: int) -> int:
+        """Windows after which an episode is dropped."""
+        return self.max_windows or 4 * self.needed(max_new_tokens)
 
 
 @dataclass
@@ -286,8 +352,10 @@ class TrainingConfig:
     budget: Any = MISSING
     advantage: Any = MISSING
     loss: Any = MISSING
+    critic: Any = None
     correction: Any = MISSING
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    window: Any = field(default_factory=CompleteConfig)
     selection: Any = MISSING
     reward: Any = MISSING
     max_staleness: int = 0
@@ -343,6 +411,7 @@ class TrainingConfig:
             "model.dtype",
             "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
         )
+        self._check_window()
         self.scheduler.check(self.engine)
         elsewhere = self.scheduler.policy is not None and Options.read(self.scheduler.options).save_latencies
         require(
@@ -370,10 +439,39 @@ class TrainingConfig:
         for key in self.trainer:
             require(key in allowed, f"trainer.{key}", f"is not for users; allowed are {', '.join(sorted(allowed))}")
 
+    def _check_window(self) -> None:
+        keeps = getattr(self.engine, "keep_cache", False)
+        if not isinstance(self.window, TruncatedConfig):
+            require(not keeps, "engine.keep_cache", "no episode outlives a weight update; add window=truncated")
+            return
+        longest = self.limits.max_new_tokens
+        tokens, needed = self.window.tokens(longest), self.window.needed(longest)
+        require(
+            tokens <= longest,
+            "window.length",
+            f"{tokens} is larger than limits.max_new_tokens={longest}; lower it, or take window=complete",
+        )
+        oldest = self.window.oldest(longest)
+        require(
+            oldest >= needed,
+            "window.max_windows",
+            f"{oldest} drops every episode of limits.max_new_tokens={longest}: they need {needed}; raise it",
+        )
+        if isinstance(self.advantage, EgaeConfig):
+            once = isinstance(self.selection, DynamicSamplingConfig)
+            require(not once, "selection", "dynamic_sampling judges whole groups, and egae trains parts; take another")
+            return
+        require(
+            not isinstance(self.correction, NoCorrectionConfig),
+            "correction",
+            "whole episodes of truncated windows are partly of older policies; add correction=tis anchor=recomputed, "
+            "or take advantage=egae, which trains each token in its window",
+        )
+
 
 GROUPS: dict[str, dict[str, type]] = {
     "budget": {"uniform": UniformConfig},
-    "advantage": {"group": GroupConfig, "rloo": RlooConfig},
+    "advantage": {"group": GroupConfig, "rloo": RlooConfig, "gae": GaeConfig, "egae": EgaeConfig},
     "loss": {"clip": ClipConfig, "cispo": CispoConfig, "gspo": GspoConfig},
     "correction": {
         "none": NoCorrectionConfig,
@@ -381,8 +479,10 @@ GROUPS: dict[str, dict[str, type]] = {
         "token_mask": TokenMaskConfig,
         "sequence_mask": SequenceMaskConfig,
     },
+    "window": {"complete": CompleteConfig, "truncated": TruncatedConfig},
     "selection": {"all": AllConfig, "dynamic_sampling": DynamicSamplingConfig, "drop_overlong": DropOverlongConfig},
     "reward": {"task": TaskRewardConfig},
+    "critic": {"value_model": ValueModelConfig},
     "lora": {"lora": LoraConfig},
     "warm_start": {"sft": SftConfig},
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from rollout.buffer import Group
 from rollout.episode import Episode
+from training.advantages import Estimate
 
 
 class Journal:
@@ -32,12 +33,12 @@ class Journal:
         _append(self.metrics, [{"step": step, **values}])
 
     def write_episodes(
-        self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[np.ndarray]]], n: int
+        self, step: int, groups: Sequence[Group], estimates: Sequence[Sequence[Estimate]], n: int
     ) -> None:
         """One episode of each of the first ``n`` groups, with its advantage."""
         rows = [
-            {"step": step, "advantage": _first(values[0]), **episode_record(group.episodes[0])}
-            for group, values in list(zip(groups, advantages, strict=True))[:n]
+            {"step": step, "advantage": _first(each[0].advantages), **episode_record(group.episodes[0])}
+            for group, each in list(zip(groups, estimates, strict=True))[:n]
         ]
         _append(self.episodes, rows)
 

@@ -66,6 +66,7 @@ class Run:
         stack.callback(lambda: self.runner.call(engine.close(), cfg.engine.timeout_s, "the engine to stop"))
         self.policy = build.make_policy(cfg, engine_of_episodes, self.tokenizer)
         probe_ids = build.probe_sequences(self.task, self.policy.chat, cfg.probe.sequences)
+        self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
         self.sync = build.EngineSync(cfg, self.runner, engine_of_episodes, self.model, probe_ids)
         self.journal = Journal(directory.path)
 
@@ -86,11 +87,17 @@ class Run:
     def trainer(self, shown: Stage) -> Any:
         """The trainer on its stream, both as the checkpoint left them where there is one."""
         reference = build.make_reference(self.cfg, self.model, self.first)
+        critic = build.make_critic(self.cfg, self.first, self.resume)
         callbacks = [LoopCallback(self, shown)]
-        trainer = build.make_trainer(self.cfg, self.directory.path, self.model, self.tokenizer, reference, callbacks)
-        trainer.stream = build.make_stream(
-            self.cfg, self.task, self.axes, self.runner, self.policy, trainer, self.sync, self.journal
+        trainer = build.make_trainer(
+            self.cfg, self.directory.path, self.model, self.tokenizer, reference, critic, callbacks
         )
+
+        def warmed_up(rounds: int, metrics: dict[str, float]) -> None:
+            explained = metrics.get("critic/explained_variance", 0.0)
+            shown.update(0, f"critic warm-up {rounds} of {self.cfg.critic.warmup_rounds}, explains {explained:.2f}")
+
+        trainer.stream = build.make_stream(self.cfg, self.rollouts, trainer, self.sync, self.journal, warmed_up)
         if self.resume is not None:
             trainer.stream.load_state_dict(torch.load(self.resume / "stream.pt", weights_only=False))
         return trainer

@@ -1,49 +1,53 @@
-"""prompts → budget → episodes → rewards → advantages → selection → micro-batches: what the trainer iterates over."""
+"""Rollouts → advantages → micro-batches: what the trainer iterates over."""
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
 
-from rollout.buffer import Group, RolloutBuffer
+from rollout.buffer import Group
 from rollout.episode import Episode
-from rollout.errors import UserError
-from rollout.runner import Job, Runner
-from rollout.speaker import Policy
-from training.advantages import Advantage
+from training.advantages import Estimate
 from training.aggregation import token_weights
-from training.budgets import Budget
-from training.config import BatchConfig
-from training.packing import MicroBatch, TrainSequence, pack
-from training.prompts import PromptOrder
-from training.rewards import Reward
-from training.selection import Selection
+from training.config import BatchConfig, ValueModelConfig
+from training.packing import MicroBatch, TrainSequence, pack, unpack
+from training.rollouts import Rollouts, Round
+
+
+class Member(NamedTuple):
+    """An episode in training. ``values``: per sequence, what the critic said before each own token; empty without."""
+
+    episode: Episode
+    estimate: Estimate
+    values: list[np.ndarray]
 
 
 class StepBatch(TypedDict):
-    """One optimizer step: micro-batches, the anchor's log-probs for each (None: behaviour), metrics of a new round."""
+    """One optimizer step: micro-batches, the anchor's log-probs for each (None: behaviour), metrics of a new round.
+
+    ``critic``: the value model's own optimizer steps that go with it, as micro-batches.
+    """
 
     micro_batches: list[MicroBatch]
     anchors: list[torch.Tensor] | None
+    critic: list[list[MicroBatch]]
     metrics: dict[str, float]
 
 
-@dataclass
-class Axes:
-    """The members that make a run's algorithm; the stream asks them and never which they are."""
+class ValueModel(Protocol):
+    """What the stream asks of a critic (``training.critic``)."""
 
-    budget: Budget
-    reward: Reward
-    advantage: Advantage
-    selection: Selection
+    config: ValueModelConfig
+
+    def values(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]: ...
+
+    def step(self, micro_batches: list[MicroBatch]) -> dict[str, float]: ...
 
 
 class RolloutStream:
@@ -51,16 +55,14 @@ class RolloutStream:
 
     ``sync`` brings the engine to the trainer's weights and returns their version; ``anchor`` gives the trainer's own
     log-probs of micro-batches, and is None where the ratio is taken against the engine's. ``on_round`` sees the
-    finished groups with their advantages, for logs. Sequences with zero advantage everywhere have no gradient: they
-    keep their share of the denominators but are not computed, unless ``keep_zero``.
+    groups with their estimates, for logs; ``on_warm_up`` each round that trains the critic alone. ``engine_steps``
+    counts those of the engine. Sequences with zero advantage everywhere have no gradient: they keep their share of the
+    denominators but are not computed, unless ``keep_zero``.
     """
 
     def __init__(
         self,
-        prompts: PromptOrder,
-        axes: Axes,
-        runner: Runner,
-        policy: Policy,
+        rollouts: Rollouts,
         batch: BatchConfig,
         *,
         seed: int,
@@ -68,15 +70,18 @@ class RolloutStream:
         max_new_tokens: int,
         sync: Callable[[], int],
         anchor: Callable[[list[MicroBatch]], list[torch.Tensor]] | None = None,
-        on_round: Callable[[list[Group], list[list[list[np.ndarray]]]], None] = lambda groups, advantages: None,
+        critic: ValueModel | None = None,
+        on_round: Callable[[list[Group], list[list[Estimate]]], None] = lambda groups, estimates: None,
+        on_warm_up: Callable[[int, dict[str, float]], None] = lambda round, metrics: None,
+        engine_steps: Callable[[], int] | None = None,
         keep_zero: bool = False,
-        timeout_s: float = 600.0,
     ) -> None:
-        self.prompts, self.axes, self.runner, self.policy, self.batch = prompts, axes, runner, policy, batch
+        self.rollouts, self.batch = rollouts, batch
+        self.axes = rollouts.source.axes
         self.seed, self.pad_id, self.max_new_tokens = seed, pad_id, max_new_tokens
-        self.sync, self.anchor, self.on_round = sync, anchor, on_round
-        self.keep_zero, self.timeout_s = keep_zero, timeout_s
-        self.buffer = RolloutBuffer()
+        self.sync, self.anchor, self.critic = sync, anchor, critic
+        self.on_round, self.on_warm_up, self.engine_steps = on_round, on_warm_up, engine_steps
+        self.keep_zero = keep_zero
         self.rounds = 0
         self.pending: deque[StepBatch] = deque()
 
@@ -84,98 +89,149 @@ class RolloutStream:
         return self
 
     def __next__(self) -> StepBatch:
-        if not self.pending:
+        while not self.pending:
             self._round()
         return self.pending.popleft()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later stream needs to go on as this one would: at a step's end no episode is unfinished."""
-        return {"prompts": self.prompts.state_dict(), "rounds": self.rounds, "pending": list(self.pending)}
+        """All that a later stream needs to go on as this one would."""
+        return {
+            "prompts": self.rollouts.source.prompts.state_dict(),
+            "rollouts": self.rollouts.state_dict(),
+            "rounds": self.rounds,
+            "pending": list(self.pending),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prompts.load_state_dict(state["prompts"])
+        self.rollouts.source.prompts.load_state_dict(state["prompts"])
+        self.rollouts.load_state_dict(state["rollouts"])
         self.rounds, self.pending = state["rounds"], deque(state["pending"])
 
     def _round(self) -> None:
         start = time.monotonic()
         version = self.sync()
-        synced = time.monotonic()
-        groups, metrics = self._roll_out(version)
+        synced, steps = time.monotonic(), self.engine_steps() if self.engine_steps else 0
+        played = self.rollouts.play(version)
+        metrics = round_metrics(played)
         metrics["time/sync"], metrics["time/generate"] = synced - start, time.monotonic() - synced
-        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
-        advantages = [[e.advantages for e in self.axes.advantage(group.episodes)] for group in groups]
-        self.on_round(groups, advantages)
-        self.pending.extend(self._steps(groups, advantages))
+        metrics["rollout/tokens_per_second"] = played.tokens / metrics["time/generate"]
+        if self.engine_steps:
+            metrics["rollout/engine_steps"] = float(self.engine_steps() - steps)
+            metrics["rollout/occupancy"] = played.tokens / max(metrics["rollout/engine_steps"] * played.slots, 1.0)
+        groups = self._members(played.kept)
+        self.on_round(played.kept, [[member.estimate for member in group] for group in groups])
+        if self.critic is not None and self.rounds < self.critic.config.warmup_rounds:
+            for step in self._value_steps(groups, self.critic.config, self.critic.config.warmup_epochs):
+                metrics |= self.critic.step(step)
+            self.rounds += 1
+            self.on_warm_up(self.rounds, metrics)
+            return
+        self.pending.extend(self._steps(groups))
         if self.anchor is not None and len(self.pending) > 1:
             # With one step a round the trainer's log-probs at that step are the anchor: nothing to recompute.
             for step in self.pending:
                 step["anchors"] = self.anchor(step["micro_batches"])
+        if self.critic is not None:
+            self.pending[0]["critic"] = self._value_steps(groups, self.critic.config, self.critic.config.epochs)
         self.pending[0]["metrics"] = metrics
         self.rounds += 1
 
-    def _roll_out(self, version: int) -> tuple[list[Group], dict[str, float]]:
-        kept: list[Group] = []
-        seen: list[Group] = []
-        for _ in range(self.axes.selection.max_rounds):
-            asked = self.prompts.take(self.batch.prompts - len(kept))
-            counts = self.axes.budget([row for row, _ in asked])
-            jobs = []
-            for (row, visit), count in zip(asked, counts, strict=True):
-                if count:
-                    self.buffer.expect(visit, count, version)
-                    jobs += [Job(row, visit, sample) for sample in range(count)]
-            self.runner.fill(self.buffer, jobs, self.policy.speaker)
-            groups = self.buffer.take(sum(map(bool, counts)), version=version, timeout=self.timeout_s)
-            for group in groups:
-                for episode, rewards in zip(group.episodes, self.axes.reward(group.episodes), strict=True):
-                    episode.rewards = rewards
-                    if not math.isfinite(episode.reward):
-                        raise UserError(f"reward: {rewards} of prompt {episode.prompt_id} is not finite; mend it")
-            seen += groups
-            kept += [group for group in groups if group.episodes and self.axes.selection.keep(group.episodes)]
-            if len(kept) >= self.batch.prompts:
-                break
-        metrics = round_metrics(seen, kept)
-        metrics |= {f"dropped/{cause}": float(count) for cause, count in self.buffer.drops.items()}
-        self.buffer.drops.clear()
-        metrics["rollout/stale"] = float(self.buffer.stale)
-        return kept, metrics
+    def _members(self, groups: list[Group]) -> list[list[Member]]:
+        """The groups' episodes with what the advantage says of them, all in one call."""
+        episodes = [episode for group in groups for episode in group.episodes]
+        values = None if self.critic is None else self._values(self.critic, episodes)
+        estimates = self.axes.advantage(episodes, values)
+        members = map(Member, episodes, estimates, values or [[] for _ in episodes])
+        return [[next(members) for _ in group.episodes] for group in groups]
 
-    def _steps(self, groups: list[Group], advantages: list[list[list[np.ndarray]]]) -> list[StepBatch]:
-        """Cut a round into optimizer steps by whole groups, in an order that depends on seed, round and epoch alone."""
-        steps: list[StepBatch] = []
-        for epoch in range(self.batch.epochs):
-            order = list(range(len(groups)))
-            if self.batch.minibatches > 1:
-                random.Random(f"{self.seed} {self.rounds} {epoch}").shuffle(order)
-            for part in np.array_split(np.array(order, dtype=int), self.batch.minibatches):
-                members = [pair for i in part for pair in zip(groups[i].episodes, advantages[i], strict=True)]
-                steps.append(StepBatch(micro_batches=self._pack(members), anchors=None, metrics={}))
-        return steps
+    def _values(self, critic: ValueModel, episodes: list[Episode]) -> list[list[np.ndarray]]:
+        """V of the state before each own token."""
+        sequences = [sequence for episode in episodes for sequence in episode.sequences]
+        zeros = [np.zeros(sequence.own_tokens) for sequence in sequences]
+        micro_batches = self._packed(
+            TrainSequence.of(sequence, index, none, none)
+            for index, (sequence, none) in enumerate(zip(sequences, zeros, strict=True))
+            if len(none)
+        )
+        found: dict[int, np.ndarray] = {}
+        for batch, values in zip(micro_batches, critic.values(micro_batches), strict=True):
+            found |= unpack(batch.to("cpu"), values.double())
+        each = iter(found.get(index, none) for index, none in enumerate(zeros))
+        return [[next(each) for _ in episode.sequences] for episode in episodes]
 
-    def _pack(self, members: list[tuple[Episode, list[np.ndarray]]]) -> list[MicroBatch]:
+    def _steps(self, groups: list[list[Member]]) -> list[StepBatch]:
+        """Cut a round into optimizer steps by whole groups."""
+        return [
+            StepBatch(micro_batches=self._pack(members), anchors=None, critic=[], metrics={})
+            for epoch in range(self.batch.epochs)
+            for members in self._parts(groups, epoch, self.batch.minibatches)
+        ]
+
+    def _parts(self, groups: list[list[Member]], epoch: int, n: int) -> Iterator[list[Member]]:
+        """The groups in ``n`` parts, in an order that depends on seed, round and epoch alone."""
+        order = list(range(len(groups)))
+        if n > 1:
+            random.Random(f"{self.seed} {self.rounds} {epoch}").shuffle(order)
+        for part in np.array_split(np.array(order, dtype=int), n):
+            yield [member for i in part for member in groups[i]]
+
+    def _pack(self, members: list[Member]) -> list[MicroBatch]:
+        """The policy's: own tokens that it has not been trained on."""
         pairs = [
-            (sequence, values)
-            for episode, per_sequence in members
-            if self.axes.selection.trains(episode)
-            for sequence, values in zip(episode.sequences, per_sequence, strict=True)
-            if sequence.own_tokens
+            (sequence, values, np.arange(sequence.own_tokens) >= sequence.trained)
+            for member in members
+            if self.axes.selection.trains(member.episode)
+            for sequence, values in zip(member.episode.sequences, member.estimate.advantages, strict=True)
+            if sequence.own_tokens > sequence.trained
         ]
-        lengths = [sequence.own_tokens for sequence, _ in pairs]
+        lengths = [int(mask.sum()) for *_, mask in pairs]
         weights = token_weights(lengths, self.batch.aggregation, max_tokens=self.max_new_tokens)
-        sequences = [
-            TrainSequence.of(sequence, index, values, weight)
-            for index, ((sequence, values), weight) in enumerate(zip(pairs, weights, strict=True))
-            if self.keep_zero or np.any(values)
+        return self._packed(
+            TrainSequence.of(sequence, index, values, _at(mask, weight), mask=mask)
+            for index, ((sequence, values, mask), weight) in enumerate(zip(pairs, weights, strict=True))
+            if self.keep_zero or np.any(values[mask])
+        )
+
+    def _value_steps(self, groups: list[list[Member]], config: ValueModelConfig, epochs: int) -> list[list[MicroBatch]]:
+        """The critic's optimizer steps: episodes that have ended, on their returns, the mean over their own tokens."""
+        return [
+            self._pack_values([member for member in members if member.estimate.returns is not None])
+            for epoch in range(epochs)
+            for members in self._parts(groups, epoch, config.minibatches)
         ]
-        return pack(sequences, max_tokens=self.batch.max_tokens, row_tokens=self.batch.row_tokens, pad_id=self.pad_id)
+
+    def _pack_values(self, members: list[Member]) -> list[MicroBatch]:
+        parts = [
+            part
+            for member in members
+            for part in zip(member.episode.sequences, member.estimate.returns or [], member.values, strict=True)
+            if part[0].own_tokens
+        ]
+        weights = token_weights([sequence.own_tokens for sequence, *_ in parts], "token")
+        return self._packed(
+            TrainSequence.of(sequence, index, np.zeros(len(weight)), weight, returns=returns, values=values)
+            for index, ((sequence, returns, values), weight) in enumerate(zip(parts, weights, strict=True))
+        )
+
+    def _packed(self, sequences: Iterator[TrainSequence]) -> list[MicroBatch]:
+        return pack(
+            list(sequences), max_tokens=self.batch.max_tokens, row_tokens=self.batch.row_tokens, pad_id=self.pad_id
+        )
 
 
-def round_metrics(seen: list[Group], kept: list[Group]) -> dict[str, float]:
-    """What a round of rollouts was like, over all its groups, also those that selection gave up.
+def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values``, one for each True of the mask, at their places among zeros."""
+    full = np.zeros(len(mask))
+    full[mask] = values
+    return full
+
+
+def round_metrics(played: Round) -> dict[str, float]:
+    """What a round of rollouts was like, over all episodes that ended in it, also those that selection gave up.
 
     ``effective_gradient_ratio`` is the share of rollouts in groups whose rewards vary (arXiv 2509.25849).
     """
+    seen = played.seen
     episodes = [episode for group in seen for episode in group.episodes]
     n = max(len(episodes), 1)
     varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
@@ -184,7 +240,7 @@ def round_metrics(seen: list[Group], kept: list[Group]) -> dict[str, float]:
         "reward": sum(e.reward for e in episodes) / n,
         "success": sum(e.success for e in episodes) / n,
         "rollout/episodes": float(len(episodes)),
-        "rollout/tokens": float(sum(e.own_tokens for e in episodes)),
+        "rollout/tokens": float(played.tokens),
         "rollout/tokens_per_episode": sum(e.own_tokens for e in episodes) / n,
         "rollout/turns": len(turns) / n,
         "rollout/tool_calls": sum(len(e.tool_results) for e in episodes) / n,
@@ -193,9 +249,10 @@ def round_metrics(seen: list[Group], kept: list[Group]) -> dict[str, float]:
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),
         "rollout/truncated": sum(e.status == "truncated" for e in episodes) / n,
         "rollout/groups": float(len(seen)),
-        "rollout/groups_kept": float(len(kept)),
+        "rollout/groups_kept": float(len(played.kept)),
         "effective_gradient_ratio": sum(len(group.episodes) for group in varied) / n,
     }
+    metrics |= played.metrics | {f"dropped/{cause}": float(count) for cause, count in played.drops.items()}
     for name in sorted({name for episode in episodes for name in episode.rewards}):
         metrics[f"reward/{name}"] = sum(episode.rewards.get(name, 0.0) for episode in episodes) / n
     return metrics

@@ -24,6 +24,7 @@ from rollout.errors import UserError
 from rollout.scheduling.files import LATENCIES
 from training import checkpoint
 from training.corrections import Correction
+from training.critic import Critic
 from training.head import token_logprobs
 from training.losses import PolicyLoss
 from training.objective import means, policy_objective, reduce
@@ -55,10 +56,11 @@ class RolloutTrainer(Trainer):
         checkpoints: Path,
         keep_last: int,
         callbacks: list[TrainerCallback],
+        critic: Critic | None = None,
     ) -> None:
         super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        self.objective = objective
+        self.objective, self.critic = objective, critic
         self.checkpoints, self.keep_last = checkpoints, keep_last
         self.stream: RolloutStream | None = None  # set by the builder: the stream in turn calls back for weights
         self._metrics: dict[str, float] = {}
@@ -101,6 +103,10 @@ class RolloutTrainer(Trainer):
         self._metrics = dict(inputs["metrics"])
         now = time.monotonic()
         self._metrics |= {"time/train": now - start, "time/step": now - self._step_end}
+        if self.critic is not None:
+            for step in inputs["critic"]:
+                self._metrics |= self.critic.step(step)
+            self._metrics["time/critic"] = time.monotonic() - now
         if stats:
             policy = means(reduce(stats))
             del policy["loss"]  # Trainer logs it
@@ -163,6 +169,8 @@ class RolloutTrainer(Trainer):
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
             torch.save(self.stream.state_dict(), folder / "stream.pt")
+            if self.critic is not None:
+                self.critic.save(folder)
             latencies = self.checkpoints.with_name(LATENCIES)
             if latencies.exists():  # kept up to date by the engine's scheduler; serving starts from them
                 shutil.copy(latencies, folder)

@@ -65,7 +65,10 @@ class Engine(Protocol):
         """Log-probs at temperature 1 of ``ids[1:]``, each given what stands before it: length ``len(ids) - 1``."""
 
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load named tensors (transformers' names), drop the prefix cache, and stamp later tokens with ``version``."""
+        """Load named tensors (transformers' names) and stamp later tokens with ``version``.
+
+        Drops the prefix cache, unless the member's ``keep_cache`` says otherwise.
+        """
 
     async def pause(self, mode: PauseMode = "wait") -> None: ...
 

@@ -122,7 +122,8 @@ class HttpEngine(RemoteEngine):
         while path := await asyncio.to_thread(next, files, None):
             await self._post("/update_weights", {"update_info": {"path": str(path)}})
         await self._post("/finish_weight_update", {"weight_version": str(version)})
-        await self._post("/reset_prefix_cache?reset_running_requests=true")
+        if not self.config.keep_cache:
+            await self._post("/reset_prefix_cache?reset_running_requests=true")
 
     async def _sleep(self, level: int) -> None:
         await self._post(f"/sleep?level={level}")

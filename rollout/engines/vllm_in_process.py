@@ -110,7 +110,8 @@ class InProcessEngine(ThreadedEngine):
 
     def _load(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if not self.config.keep_cache:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(version))
 
     def _sleep(self, level: int) -> None:

@@ -94,7 +94,8 @@ class ProcessEngine(RemoteEngine):
         while path := await asyncio.to_thread(next, files, None):
             await self._llm.update_weights(WeightTransferUpdateRequest({"path": str(path)}))
         await self._llm.finish_weight_update(str(version))
-        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        if not self.config.keep_cache:
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
 
     async def _sleep(self, level: int) -> None:
         await self._llm.sleep(level)

@@ -27,8 +27,9 @@ from training.config import BatchConfig
 from training.packing import unpack
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
+from training.rollouts import Axes, CompleteRollouts, Source
 from training.selection import All, DropOverlong, DynamicSampling
-from training.stream import Axes, RolloutStream, StepBatch
+from training.stream import RolloutStream, StepBatch
 
 ROWS = [Row(f"q{i}", [{"role": "user", "content": "?"}], i) for i in range(10)]
 PAD, LENGTH = 0, 40
@@ -76,8 +77,9 @@ def runner() -> Iterator[Runner]:
 class Rounds(list[Any]):
     """What each round gave: the visits of its groups, and their advantages."""
 
-    def __call__(self, groups: Any, advantages: Any) -> None:
-        self.append(([group.group_id for group in groups], [[float(a[0][0]) for a in each] for each in advantages]))
+    def __call__(self, groups: Any, estimates: Any) -> None:
+        firsts = [[float(e.advantages[0][0]) for e in each] for each in estimates]
+        self.append(([group.group_id for group in groups], firsts))
 
 
 def stream(runner: Runner, rows: range = range(8), **settings: Any) -> tuple[RolloutStream, Rounds]:
@@ -86,18 +88,17 @@ def stream(runner: Runner, rows: range = range(8), **settings: Any) -> tuple[Rol
     hard = settings.pop("hard", lambda number: True)
     options = {name: settings.pop(name) for name in ("anchor", "keep_zero") if name in settings}
     rounds = Rounds()
+    policy: Any = SimpleNamespace(speaker=Pupil(hard).speaker)
+    batch = BatchConfig(**{"prompts": 4, "max_tokens": 64, **settings})
+    source = Source(PromptOrder([ROWS[i] for i in rows], seed=5), Axes(**axes), runner, policy, batch.prompts, 10)
     made = RolloutStream(
-        PromptOrder([ROWS[i] for i in rows], seed=5),
-        Axes(**axes),
-        runner,
-        SimpleNamespace(speaker=Pupil(hard).speaker),  # type: ignore[arg-type]
-        BatchConfig(**{"prompts": 4, "max_tokens": 64, **settings}),
+        CompleteRollouts(source),
+        batch,
         seed=5,
         pad_id=PAD,
         max_new_tokens=LENGTH,
         sync=lambda: 0,
         on_round=rounds,
-        timeout_s=10,
         **options,
     )
     return made, rounds
@@ -105,6 +106,12 @@ def stream(runner: Runner, rows: range = range(8), **settings: Any) -> tuple[Rol
 
 def take(made: RolloutStream, n: int) -> list[StepBatch]:
     return [next(made) for _ in range(n)]
+
+
+def asked_of(made: RolloutStream) -> int:
+    """Prompts asked so far."""
+    prompts = made.rollouts.source.prompts
+    return prompts.epoch * len(prompts.rows) + prompts.position
 
 
 def tokens(step: StepBatch) -> list[Any]:
@@ -193,13 +200,13 @@ def test_dynamic_sampling_asks_again_until_enough_groups_vary(runner: Runner) ->
     assert len(rounds[0][0]) == 4 and trained(step) <= {0, 2, 4, 6}
     assert step["metrics"]["rollout/groups_kept"] == 4 < step["metrics"]["rollout/groups"]
     asked = step["metrics"]["rollout/groups"]
-    assert made.prompts.epoch * 8 + made.prompts.position == asked, "never more prompts than groups still missing"
+    assert asked_of(made) == asked, "never more prompts than groups still missing"
 
 
 def test_dynamic_sampling_gives_up_after_its_rounds(runner: Runner) -> None:
     made, rounds = stream(runner, hard=lambda number: False, selection=DynamicSampling(max_rounds=3), minibatches=2)
     steps = take(made, 2)
-    assert rounds == [([], [])] and made.prompts.epoch * 8 + made.prompts.position == 12
+    assert rounds == [([], [])] and asked_of(made) == 12
     assert [step["micro_batches"] for step in steps] == [[], []], "two steps without a gradient, and the run goes on"
     assert steps[0]["metrics"]["effective_gradient_ratio"] == 0 and steps[0]["metrics"]["rollout/groups"] == 12
 

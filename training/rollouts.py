@@ -1,0 +1,189 @@
+"""The ``window`` axis: how far episodes are played between two weight updates, and which of them go to training."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rollout.buffer import Group, RolloutBuffer
+from rollout.episode import Episode
+from rollout.errors import UserError
+from rollout.runner import Job, Runner
+from rollout.speaker import Policy
+from rollout.window import Window
+from training.advantages import Advantage
+from training.budgets import Budget
+from training.prompts import PromptOrder
+from training.rewards import Reward
+from training.selection import Selection
+
+
+@dataclass
+class Round:
+    """What came of one stretch of rollouts. ``seen``: groups whose episodes ended; ``kept``: those to train on."""
+
+    seen: list[Group]
+    kept: list[Group]
+    tokens: int  # written in it
+    slots: int  # episodes at a time
+    drops: Counter[str] = field(default_factory=Counter)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Rollouts(Protocol):
+    """A member of the ``window`` group."""
+
+    source: Source
+
+    def play(self, version: int) -> Round:
+        """Play until there is something to train on; rewards are set."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Axes:
+    """The members that make a run's algorithm; the loop asks them and never which they are."""
+
+    budget: Budget
+    reward: Reward
+    advantage: Advantage
+    selection: Selection
+
+
+@dataclass
+class Source:
+    """Where jobs come from, who plays them, and what their episodes are worth. ``size``: prompts a round."""
+
+    prompts: PromptOrder
+    axes: Axes
+    runner: Runner
+    policy: Policy
+    size: int
+    timeout_s: float
+
+    def jobs(self, prompts: int) -> list[tuple[str, list[Job]]]:
+        """By visit, the jobs that the budget gives to the next prompts."""
+        asked = self.prompts.take(prompts)
+        counts = self.axes.budget([row for row, _ in asked])
+        return [
+            (visit, [Job(row, visit, sample) for sample in range(count)])
+            for (row, visit), count in zip(asked, counts, strict=True)
+            if count
+        ]
+
+    def rewarded(self, group: Group) -> Group:
+        """The group with its rewards."""
+        for episode, rewards in zip(group.episodes, self.axes.reward(group.episodes), strict=True):
+            episode.rewards = rewards
+            if not math.isfinite(episode.reward):
+                raise UserError(f"reward: {rewards} of prompt {episode.prompt_id} is not finite; mend it")
+        return group
+
+
+class CompleteRollouts:
+    """Every episode to its end: whole groups, and the engine waits for the longest."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.buffer = RolloutBuffer()
+
+    def play(self, version: int) -> Round:
+        source, kept, seen = self.source, [], []
+        for _ in range(source.axes.selection.max_rounds):
+            asked = source.jobs(source.size - len(kept))
+            for visit, jobs in asked:
+                self.buffer.expect(visit, len(jobs), version)
+            source.runner.fill(self.buffer, [job for _, jobs in asked for job in jobs], source.policy.speaker)
+            groups = self.buffer.take(len(asked), version=version, timeout=source.timeout_s)
+            seen += [source.rewarded(group) for group in groups]
+            kept += [group for group in groups if group.episodes and source.axes.selection.keep(group.episodes)]
+            if len(kept) >= source.size:
+                break
+        drops, self.buffer.drops = self.buffer.drops, Counter()
+        tokens = sum(episode.own_tokens for group in seen for episode in group.episodes)
+        slots = sum(group.size for group in seen)
+        return Round(seen, kept, tokens, slots, drops, {"rollout/stale": float(self.buffer.stale)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two rounds nothing is unfinished."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
+
+class TruncatedRollouts:
+    """T-PPO's successive batching: one window a round, slots that are always full (``rollout.window``).
+
+    ``unfinished``: the advantage takes episodes that are not over, and each own token is trained in the window that
+    wrote it; a reward then sees only those members of a group that ended together. Else a group is trained, whole,
+    once its last member has finished: it is by then partly of older versions, and windows without such a group pass
+    without a step.
+    """
+
+    def __init__(self, source: Source, window: Window, *, unfinished: bool) -> None:
+        self.source, self.window, self.unfinished = source, window, unfinished
+        self.buffer = RolloutBuffer()
+        self._jobs: deque[Job] = deque()  # of groups that have been asked for
+        self._version = 0
+        window.supply = self._next
+
+    def play(self, version: int) -> Round:
+        self._version = version
+        past = Round([], [], 0, len(self.window.slots))
+        while not past.kept:
+            ended = self.window.play(self.source.timeout_s)
+            past.tokens += ended.tokens
+            past.drops.update(cause for _, cause in ended.drops)
+            past.metrics = {"rollout/unfinished": float(len(ended.unfinished))}
+            if self.unfinished:
+                finished = [self.source.rewarded(group) for group in _by_group(ended.finished, version)]
+                fresh = [episode for episode in ended.unfinished if _fresh(episode)]
+                past.seen += finished
+                past.kept = _by_group([*ended.finished, *fresh], version)
+            else:
+                for job, cause in ended.drops:
+                    self.buffer.drop(job.group_id, cause)
+                for episode in ended.finished:
+                    self.buffer.add(episode)
+                groups = [self.source.rewarded(group) for group in self.buffer.ready()]
+                past.seen += groups
+                past.kept = [g for g in groups if g.episodes and self.source.axes.selection.keep(g.episodes)]
+        return past
+
+    def state_dict(self) -> dict[str, Any]:
+        """Unfinished episodes, jobs that wait for a slot, and groups whose last member is not over."""
+        return {"live": self.window.state_dict(), "jobs": list(self._jobs), "groups": self.buffer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._jobs = deque(state["jobs"])
+        self.buffer.load_state_dict(state["groups"])
+        self.window.load_state_dict(state["live"])
+
+    def _next(self) -> Job:
+        """The next job; on the rollout loop, while ``play`` waits."""
+        while not self._jobs:
+            for visit, jobs in self.source.jobs(self.source.size):
+                if not self.unfinished:
+                    self.buffer.expect(visit, len(jobs), self._version)
+                self._jobs.extend(jobs)
+        return self._jobs.popleft()
+
+
+def _by_group(episodes: list[Episode], version: int) -> list[Group]:
+    """Those that belong together, in order of first sight."""
+    groups: dict[str, Group] = {}
+    for episode in episodes:
+        group = groups.setdefault(episode.group_id, Group(episode.group_id, 0, version, len(groups)))
+        group.episodes.append(episode)
+        group.size += 1
+    return list(groups.values())
+
+
+def _fresh(episode: Episode) -> bool:
+    return any(sequence.own_tokens > sequence.trained for sequence in episode.sequences)
