@@ -63,8 +63,13 @@ class Runner:
                 raise WaitTimeout(f"{what} was not done after {timeout:.0f} s") from None
             raise
 
-    def fill(self, buffer: RolloutBuffer, jobs: Iterable[Job], speaker: Callable[[], Speaker]) -> None:
-        """Play jobs whose groups the buffer expects. Returns at once; what ends the run goes to ``buffer.fail``."""
+    def fill(
+        self, buffer: RolloutBuffer, jobs: Iterable[Job], speaker: Callable[[], Speaker]
+    ) -> list[tuple[Job, Future[Episode]]]:
+        """Play jobs whose groups the buffer expects. Returns at once; what ends the run goes to ``buffer.fail``.
+
+        A job whose future is cancelled counts as dropped.
+        """
 
         def deliver(job: Job, future: Future[Episode]) -> None:
             try:
@@ -76,8 +81,10 @@ class Runner:
             except BaseException as error:
                 buffer.fail(error)
 
-        for job, future in self._start(list(jobs), speaker):
+        started = self._start(list(jobs), speaker)
+        for job, future in started:
             future.add_done_callback(lambda done, job=job: deliver(job, done))
+        return started
 
     def play(
         self, jobs: Iterable[Job], speaker: Callable[[], Speaker], progress: Callable[[int], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,7 +120,8 @@ def make_rollouts(cfg: TrainingConfig, task: Task, axes: Axes, runner: Runner, p
     prompts = PromptOrder(task.rows("train"), cfg.seed)
     source = Source(prompts, axes, runner, policy, cfg.batch.prompts, timeout_s)
     if not isinstance(cfg.window, TruncatedConfig):
-        return CompleteRollouts(source)
+        spare = math.ceil(cfg.window.spare * cfg.batch.prompts)
+        return CompleteRollouts(source, spare=spare, ahead=cfg.max_staleness > 0)
     longest, unfinished = cfg.limits.max_new_tokens, isinstance(cfg.advantage, EgaeConfig)
     slots = cfg.batch.prompts * cfg.budget.samples
     window = Window(runner, cfg.window.tokens(longest), slots, max_age=cfg.window.oldest(longest), once=unfinished)

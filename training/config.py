@@ -224,7 +224,16 @@ class AnchorConfig:
 
 @dataclass
 class CompleteConfig:
-    """Every episode to its end: a step waits for the longest."""
+    """Every episode to its end: a step waits for the longest.
+
+    ``spare`` is the share of prompts started beyond ``batch.prompts``: the first groups to end are kept, the others
+    thrown away. It favours short answers.
+    """
+
+    spare: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.spare >= 0, "window.spare", f"{self.spare} must not be negative")
 
 
 @dataclass
@@ -420,9 +429,7 @@ class TrainingConfig:
             "training keeps them in its run directory and in every checkpoint; leave it out",
         )
         require(self.kl.coef >= 0, "kl.coef", f"{self.kl.coef} must not be negative")
-        require(
-            self.max_staleness == 0, "max_staleness", f"{self.max_staleness}: only 0, exactly synchronous, is built"
-        )
+        self._check_staleness()
         allowed = {
             "deepspeed",
             "fsdp",
@@ -438,6 +445,24 @@ class TrainingConfig:
         }
         for key in self.trainer:
             require(key in allowed, f"trainer.{key}", f"is not for users; allowed are {', '.join(sorted(allowed))}")
+
+    def _check_staleness(self) -> None:
+        if self.max_staleness == 0:
+            return
+        require(
+            self.max_staleness == 1 and isinstance(self.window, CompleteConfig),
+            "max_staleness",
+            f"{self.max_staleness}: 1, one step off the policy, is built for window=complete; others are synchronous",
+        )
+        exact = getattr(self.engine, "deterministic", False)
+        require(not exact, "max_staleness", "1 plays while it trains, which engine.deterministic cannot repeat; take 0")
+        again = isinstance(self.selection, DynamicSamplingConfig)
+        require(not again, "max_staleness", "1 asks for a round before the last is judged; take selection=all")
+        require(
+            not isinstance(self.correction, NoCorrectionConfig),
+            "correction",
+            "max_staleness=1 trains on an older policy's episodes; add correction=tis anchor=recomputed",
+        )
 
     def _check_window(self) -> None:
         keeps = getattr(self.engine, "keep_cache", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,35 +87,62 @@ class Source:
 
 
 class CompleteRollouts:
-    """Every episode to its end: whole groups, and the engine waits for the longest."""
+    """Every episode to its end: whole groups, and the engine waits for the longest.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    ``spare``: so many more prompts are started than a round needs; the first groups to end are kept, the others thrown
+    away. ``ahead``: the next round is played while the trainer works on this one, one step off the policy.
+    """
+
+    def __init__(self, source: Source, *, spare: int = 0, ahead: bool = False) -> None:
+        self.source, self.spare, self.ahead = source, spare, ahead
         self.buffer = RolloutBuffer()
+        self._playing: list[tuple[Job, Future[Episode]]] = []
+        self._version = 0  # of the policy when they were asked for
 
     def play(self, version: int) -> Round:
-        source, kept, seen = self.source, [], []
+        source, past = self.source, Round([], [], 0, 0)
         for _ in range(source.axes.selection.max_rounds):
-            asked = source.jobs(source.size - len(kept))
-            for visit, jobs in asked:
-                self.buffer.expect(visit, len(jobs), version)
-            source.runner.fill(self.buffer, [job for _, jobs in asked for job in jobs], source.policy.speaker)
-            groups = self.buffer.take(len(asked), version=version, timeout=source.timeout_s)
-            seen += [source.rewarded(group) for group in groups]
-            kept += [group for group in groups if group.episodes and source.axes.selection.keep(group.episodes)]
-            if len(kept) >= source.size:
+            missing = source.size - len(past.kept)
+            if not self._playing:
+                self._start([job for _, jobs in source.jobs(missing + self.spare) for job in jobs], version)
+            past.slots += len(self._playing)
+            groups = [source.rewarded(group) for group in self._take(version)]
+            past.seen += groups
+            past.kept += [group for group in groups if group.episodes and source.axes.selection.keep(group.episodes)]
+            if len(past.kept) >= source.size:
                 break
-        drops, self.buffer.drops = self.buffer.drops, Counter()
-        tokens = sum(episode.own_tokens for group in seen for episode in group.episodes)
-        slots = sum(group.size for group in seen)
-        return Round(seen, kept, tokens, slots, drops, {"rollout/stale": float(self.buffer.stale)})
+        past.drops, self.buffer.drops = self.buffer.drops, Counter()
+        past.tokens = sum(episode.own_tokens for group in past.seen for episode in group.episodes)
+        past.metrics = {"rollout/stale": float(self.buffer.stale)}
+        if self.ahead:
+            self._start([job for _, jobs in source.jobs(source.size) for job in jobs], version)
+        return past
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two rounds nothing is unfinished."""
-        return {}
+        """What is in the air: played again from the start by whoever takes up from here."""
+        return {"jobs": [job for job, _ in self._playing], "version": self._version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up."""
+        if state["jobs"]:
+            self._start(state["jobs"], state["version"])
+
+    def _start(self, jobs: list[Job], version: int) -> None:
+        self._version = version
+        for visit, size in Counter(job.group_id for job in jobs).items():
+            self.buffer.expect(visit, size, version)
+        self._playing = self.source.runner.fill(self.buffer, jobs, self.source.policy.speaker)
+
+    def _take(self, version: int) -> list[Group]:
+        """The groups of this round: all that were started, less the spare ones that took longest."""
+        started = len({job.group_id for job, _ in self._playing})
+        source, stale = self.source, int(self.ahead)
+        late = min(self.spare, max(started - 1, 0))
+        groups = self.buffer.take(started - late, version=version, max_staleness=stale, timeout=source.timeout_s)
+        for _, future in self._playing:
+            future.cancel()  # the late ones; the others are done
+        self.buffer.take(late, version=version, max_staleness=stale, timeout=source.timeout_s)
+        self._playing = []
+        return groups
 
 
 class TruncatedRollouts:
