@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.arms import STORE, commit
 from benchmarks.report import Report
 from benchmarks.sim_cells import KNEE, LOADS, RL, TRACE, Cell, Run, simulate_run
+from benchmarks.sim_prediction import predict
 
 GRID = ("fcfs", "program_fcfs", "turnstile", "clairvoyant")
 OTHERS = ("plas", "ski_rental", "pin_to_pressure", "infercept")
@@ -240,6 +241,8 @@ def main() -> None:
         show_others(report, store, grid)
     if rl:
         judge_rl(report, store, list({run.cell: None for run in store.outcomes if run.cell.load == "batch"}))
+    if args.only is None and not args.quick:
+        predict(report)
     report.finish(args.quick)
 
 

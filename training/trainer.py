@@ -64,7 +64,7 @@ class RolloutTrainer(Trainer):
         self.checkpoints, self.keep_last = checkpoints, keep_last
         self.stream: RolloutStream | None = None  # set by the builder: the stream in turn calls back for weights
         self._metrics: dict[str, float] = {}
-        self._step_end = time.monotonic()
+        self._start = self._step_end = time.monotonic()
 
     def get_train_dataloader(self) -> Iterator[StepBatch]:
         """The stream itself: no prefetching, so that a step's rollouts are made after the step before it."""
@@ -156,8 +156,8 @@ class RolloutTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the stream and the objective measured to each step's row."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics}
             self._step_end = time.monotonic()
+            logs = {**logs, **self._metrics, "time/elapsed": self._step_end - self._start}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -1,0 +1,187 @@
+"""T-PPO against PPO on heavy-tailed answers, real vLLM on CPU: the same task, warm start, batch and critic.
+
+Every arm is ``python -m training experiment=long_chain`` in a process of its own, from one warm start. Pairs by seed,
+in turns. Seconds are from the start of training, the critic's warm-up included, to the step at which the mean reward of
+the last 1,024 finished episodes reaches the target. Windows favour short answers in their first steps, which that mean
+forgets. Beside the pairs, one seed each of other windows and other ways to keep an engine busy. Runs are kept: a
+benchmark that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.arms import STORE, commit
+from benchmarks.report import Report
+from rollout.plots import read_jsonl
+
+SEEDS = 5
+LONGEST = 512  # own tokens of an episode
+WINDOW = LONGEST // 4
+TARGET = 0.8
+SMOOTHED = 1024  # finished episodes
+PPO_STEPS = 40
+OFF_POLICY = ["correction=tis", "anchor=recomputed"]
+
+PPO = ["algorithm=ppo", "budget.samples=1", "batch.prompts=128", f"steps={PPO_STEPS}"]
+TPPO = ["algorithm=tppo", *PPO[1:3]]
+QUICK = ["batch.prompts=8", "steps=3", "evaluation.questions=8", "critic.warmup_rounds=1"]
+
+
+def windowed(length: int) -> list[str]:
+    """As many own tokens in all as PPO's steps write, at most."""
+    return [*TPPO, f"window.length={length}", f"steps={2 * PPO_STEPS}"]
+
+
+PAIR = {"ppo": PPO, "tppo": windowed(WINDOW)}
+OTHERS = {
+    **{f"tppo, window {n}": windowed(n) for n in (LONGEST // 8, LONGEST // 4, LONGEST // 2, LONGEST) if n != WINDOW},
+    "tppo, kept KV": [*windowed(WINDOW), "engine.keep_cache=true"],
+    "partial rollouts, IS": [*windowed(WINDOW), "advantage=gae", *OFF_POLICY],
+    "one step off": [*PPO, "max_staleness=1", *OFF_POLICY],
+    "over-provisioned": [*PPO, "window=over_provisioned"],
+}
+
+
+def train(folder: Path, overrides: list[str]) -> Path:
+    """One run; a finished one is read back."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "training", "experiment=long_chain", f"run_dir={folder}", "overwrite=true"]
+        done = subprocess.run([*command, *overrides], stdout=subprocess.DEVNULL, timeout=1800, check=False)
+        if done.returncode:
+            sys.exit(f"error: {folder.name} ended with exit code {done.returncode}; its engine.log lies in {folder}")
+    return folder
+
+
+class Arm:
+    """What a run left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows = read_jsonl(folder / "metrics.jsonl")
+        self.summary = json.loads((folder / "summary.json").read_text())
+
+    def mean(self, name: str) -> float:
+        return float(np.mean([row[name] for row in self.rows if name in row]))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the rollouts alone, the first round left out: the engine compiles and warms up in it."""
+        rows = [row for row in self.rows[1:] if "time/generate" in row]
+        return sum(row["rollout/tokens"] for row in rows) / sum(row["time/generate"] for row in rows)
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds and the mean reward of the last finished episodes."""
+        seconds, smoothed, last = [], [], []
+        for row in self.rows:
+            if row.get("rollout/episodes"):
+                last.append((row["rollout/episodes"], row["reward"]))
+            while sum(n for n, _ in last[1:]) >= SMOOTHED:
+                last.pop(0)
+            seconds.append(row["time/elapsed"])
+            smoothed.append(sum(n * reward for n, reward in last) / max(sum(n for n, _ in last), 1))
+        return np.array(seconds), np.array(smoothed)
+
+    @property
+    def seconds_to_target(self) -> float:
+        """Infinite where it was never reached."""
+        seconds, smoothed = self.curve()
+        reached = np.flatnonzero(smoothed >= TARGET)
+        return float(seconds[reached[0]]) if len(reached) else math.inf
+
+
+def lower_bound(differences: np.ndarray) -> float:
+    """Of the mean of paired differences, 95% one by one seed: Student's t."""
+    from scipy.stats import t
+
+    n = len(differences)
+    spread = differences.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    return float(differences.mean() - t.ppf(0.975, max(n - 1, 1)) * spread)
+
+
+def draw(path: Path, arms: dict[str, list[Arm]]) -> None:
+    """Reward over time: every seed of the pair, and the others thin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, (name, runs) in enumerate(arms.items()):
+        for i, run in enumerate(runs):
+            style = {"lw": 2.0 if name in PAIR else 1.0, "ls": "-" if name in PAIR else "--", "alpha": 0.8}
+            axes.plot(*run.curve(), color=f"C{number}", label=name if i == 0 else None, **style)
+    axes.axhline(TARGET, color="grey", lw=0.8)
+    axes.set_xlabel("seconds of training, critic warm-up included")
+    axes.set_ylabel(f"mean reward of the last {SMOOTHED:,} episodes")
+    axes.set_title("long_chain, answers of up to 512 tokens (median 64), 128 at a time, on CPU")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: no bars")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
+    arguments, overrides = parser.parse_known_args()
+    quick, seeds = arguments.quick, 1 if arguments.quick else arguments.seeds
+    report = Report("tppo_vs_ppo")
+    root = STORE / "tppo_vs_ppo" / (commit()[:12] + ("-quick" if quick else ""))
+    off = [f"evaluation.{name}=false" for name in ("before", "after")]
+    report.console.print("warm start …", style="dim")
+    short = ["warm_start.steps=20", "steps=1", "batch.prompts=4"] if quick else ["steps=1", "batch.prompts=4"]
+    train(root / "warm", [*off, *short, *overrides])
+    start = ["model=hf", f"model.path={root / 'warm' / 'checkpoints' / 'warm_start'}", "warm_start=none"]
+    played: dict[str, list[Arm]] = {}
+    plan = [(name, seed) for seed in range(seeds) for name in (PAIR if seed % 2 == 0 else reversed(PAIR))]
+    plan += [] if quick else [(name, 0) for name in OTHERS]
+    for number, (name, seed) in enumerate(plan, 1):
+        report.console.print(f"{number} of {len(plan)}: {name}, seed {seed} …", style="dim")
+        settings = [*start, *(PAIR | OTHERS)[name], f"seed={seed}", *(QUICK if quick else []), *overrides]
+        folder = train(root / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", settings)
+        played.setdefault(name, []).append(Arm(folder))
+    rows = []
+    for name, arms in played.items():
+        rows.append((
+            name, len(arms), float(np.mean([arm.tokens_per_second for arm in arms])),
+            float(np.mean([arm.mean("rollout/occupancy") for arm in arms])),
+            " ".join(f"{arm.seconds_to_target:.0f}" for arm in arms),
+            float(np.mean([arm.rows[-1]["time/elapsed"] for arm in arms])),
+            float(np.mean([arm.summary["accuracy_after"] for arm in arms])),
+        ))  # fmt: skip
+    columns = ["arm", "seeds", "tokens/s of rollouts", "occupancy", f"s to {TARGET}", "s in all", "accuracy after"]
+    report.table("long_chain", columns, rows)
+    ppo, tppo = played["ppo"], played["tppo"]
+    rate = [b.tokens_per_second / a.tokens_per_second for a, b in zip(ppo, tppo, strict=True)]
+    report.figure("tokens_per_second_ratio", float(np.median(rate)))
+    for name, arms in (("ppo", ppo), ("tppo", tppo)):
+        report.figure(f"{name}_occupancy", float(np.mean([arm.mean("rollout/occupancy") for arm in arms])))
+        report.figure(f"{name}_accuracy", float(np.mean([arm.summary["accuracy_after"] for arm in arms])))
+    differences = np.array(
+        [b.summary["accuracy_after"] - a.summary["accuracy_after"] for a, b in zip(ppo, tppo, strict=True)]
+    )
+    report.figure("accuracy_difference_low", lower_bound(differences))
+    if not quick:
+        speed = [a.seconds_to_target / b.seconds_to_target for a, b in zip(ppo, tppo, strict=True)]
+        report.figure("time_to_target_ratio", float(np.exp(np.mean(np.log(speed)))))
+        report.bar("tokens_per_second_ratio", ">=", 2.0)
+        report.bar("time_to_target_ratio", ">=", 1.8)
+        report.bar("accuracy_difference_low", ">", -0.02)
+    if arguments.plots:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        draw(arguments.plots / "tppo_vs_ppo.png", played)
+    if quick:
+        shutil.rmtree(root)
+    report.finish(quick)
+
+
+if __name__ == "__main__":
+    main()
