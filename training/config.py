@@ -89,11 +89,28 @@ class ValueModelConfig:
     path: str | None = None  # None: from the policy's checkpoint
     dtype: str = "float32"
     warmup_rounds: int = 5  # rounds of rollouts that train it alone, before the policy's first step
-    warmup_epochs: int = 4
-    epochs: int = 1  # a round
-    minibatches: int = 1
-    clip: float | None = 0.2
+    warmup_epochs: int = 4  # over each of these
+    epochs: int = 1  # over every later round
+    minibatches: int = 1  # optimizer steps an epoch
+    clip: float | None = 0.2  # how far a value may move from what it was at the rollout; None: any way
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("float32", "bfloat16"), "critic.dtype", f"{self.dtype!r} is not float32 or bfloat16")
+        require(self.warmup_rounds >= 0, "critic.warmup_rounds", f"{self.warmup_rounds} must not be negative")
+        for name in ("warmup_epochs", "epochs", "minibatches"):
+            require(getattr(self, name) > 0, f"critic.{name}", f"{getattr(self, name)} must be at least 1")
+        require(self.clip is None or self.clip > 0, "critic.clip", f"{self.clip} must be above 0; null does not clip")
+        schedule = self.optimizer.lr_scheduler_type
+        require(
+            schedule not in ("reduce_lr_on_plateau", "greedy"),
+            "critic.optimizer.lr_scheduler_type",
+            f"{schedule} waits for a metric that nobody gives; take constant, linear or cosine",
+        )
+
+    def steps(self, rounds: int) -> int:
+        """Optimizer steps of a run with so many rounds after those of the warm-up."""
+        return self.minibatches * (self.warmup_rounds * self.warmup_epochs + rounds * self.epochs)
 
 
 @dataclass
@@ -420,6 +437,7 @@ class TrainingConfig:
             "model.dtype",
             "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
         )
+        self._check_critic()
         self._check_window()
         self.scheduler.check(self.engine)
         elsewhere = self.scheduler.policy is not None and Options.read(self.scheduler.options).save_latencies
@@ -463,6 +481,20 @@ class TrainingConfig:
             "correction",
             "max_staleness=1 trains on an older policy's episodes; add correction=tis anchor=recomputed",
         )
+
+    def _check_critic(self) -> None:
+        reads = isinstance(self.advantage, GaeConfig | EgaeConfig)
+        if self.critic is None:
+            require(not reads, "critic", "gae and egae read a value model; add critic=value_model")
+            return
+        require(reads, "critic", "nobody reads its values; take critic=none, or advantage=gae or egae")
+        master = "deepspeed" in self.trainer
+        require(
+            self.critic.dtype == "float32" or master,
+            "critic.dtype",
+            "bfloat16 under AdamW loses small updates; take float32, with ++trainer.bf16=true, or deepspeed",
+        )
+        require("fsdp" not in self.trainer, "trainer.fsdp", "a critic under FSDP is not built; take trainer.deepspeed")
 
     def _check_window(self) -> None:
         keeps = getattr(self.engine, "keep_cache", False)
