@@ -23,8 +23,8 @@ from rollout.tasks import Task
 from rollout.weights import Probe, bound_for, model_logprobs, sync
 from rollout.window import Window
 from training import checkpoint, journal
-from training.config import EgaeConfig, TrainingConfig, TruncatedConfig
-from training.critic import Critic
+from training.config import EgaeConfig, TrainingConfig, TruncatedConfig, ValueModelConfig
+from training.critic import Critic, make_critic
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
 from training.models import build_tiny, check_checkpoint, load_policy
@@ -231,7 +231,6 @@ def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     reference: Callable[[MicroBatch], torch.Tensor] | None,
-    critic: Critic | None,
     callbacks: list[TrainerCallback],
 ) -> RolloutTrainer:
     """The trainer, its stream still to be set."""
@@ -245,7 +244,27 @@ def make_trainer(
     )
     arguments = training_arguments(cfg, run_dir)
     return RolloutTrainer(
-        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks, critic
+        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks
+    )
+
+
+def make_value_model(
+    cfg: TrainingConfig, policy: Path | str, resume: Path | None, trainer: RolloutTrainer
+) -> Critic | None:
+    """The run's critic, if it has one."""
+    if cfg.critic is None:
+        return None
+    c: ValueModelConfig = cfg.critic
+    rounds = -(-cfg.steps // (cfg.batch.epochs * cfg.batch.minibatches))
+    return make_critic(
+        c,
+        policy,
+        trainer.processing_class,
+        trainer.args,
+        trainer.accelerator,
+        total_steps=(c.warmup_rounds * c.warmup_epochs + rounds * c.epochs) * c.minibatches,
+        attention=cfg.model.attention,
+        resume=resume,
     )
 
 
@@ -260,7 +279,7 @@ def make_stream(
     """The stream that the trainer iterates over."""
     return RolloutStream(
         rollouts,
-        cfg.batch if packs(trainer.model, cfg) else replace(cfg.batch, row_tokens=1),
+        cfg.batch if packs(trainer, cfg) else replace(cfg.batch, row_tokens=1),
         seed=cfg.seed,
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
@@ -285,7 +304,8 @@ def engine_steps(engine_sync: EngineSync) -> Callable[[], int] | None:
     return (lambda: int(stats()["steps"])) if "steps" in stats() else None
 
 
-def packs(model: Any, cfg: TrainingConfig) -> bool:
-    """Whether the model keeps packed sequences apart; one that does not is trained on one sequence a row."""
-    rows = 2 if cfg.batch.row_tokens is not None else 1
-    return respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=rows)
+def packs(trainer: RolloutTrainer, cfg: TrainingConfig) -> bool:
+    """Whether policy and critic keep packed sequences apart; who does not is trained on one sequence a row."""
+    model, rows = trainer.model, 2 if cfg.batch.row_tokens is not None else 1
+    policy = respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=rows)
+    return policy and (trainer.critic is None or trainer.critic.respects_boundaries(rows))

@@ -87,11 +87,9 @@ class Run:
     def trainer(self, shown: Stage) -> Any:
         """The trainer on its stream, both as the checkpoint left them where there is one."""
         reference = build.make_reference(self.cfg, self.model, self.first)
-        critic = build.make_critic(self.cfg, self.first, self.resume)
         callbacks = [LoopCallback(self, shown)]
-        trainer = build.make_trainer(
-            self.cfg, self.directory.path, self.model, self.tokenizer, reference, critic, callbacks
-        )
+        trainer = build.make_trainer(self.cfg, self.directory.path, self.model, self.tokenizer, reference, callbacks)
+        trainer.critic = build.make_value_model(self.cfg, self.first, self.resume, trainer)
 
         def warmed_up(rounds: int, metrics: dict[str, float]) -> None:
             explained = metrics.get("critic/explained_variance", 0.0)

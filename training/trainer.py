@@ -56,11 +56,11 @@ class RolloutTrainer(Trainer):
         checkpoints: Path,
         keep_last: int,
         callbacks: list[TrainerCallback],
-        critic: Critic | None = None,
     ) -> None:
         super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        self.objective, self.critic = objective, critic
+        self.objective = objective
+        self.critic: Critic | None = None  # set by the builder: it takes the trainer's devices and processes
         self.checkpoints, self.keep_last = checkpoints, keep_last
         self.stream: RolloutStream | None = None  # set by the builder: the stream in turn calls back for weights
         self._metrics: dict[str, float] = {}
