@@ -42,6 +42,7 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
     trained = weights if lora is None else adapter
     return PlanInput(
         shape=memory.build_shape(_architecture(cfg), lora=lora),
+        critic=None if cfg.critic is None else memory.build_shape(_critic_architecture(cfg)),
         strategy=strategy,
         gpus=cfg.node.gpus,
         memory=int(cfg.node.gpu_memory_gib * GIB),
@@ -89,6 +90,17 @@ def _architecture(cfg: TrainingConfig) -> dict[str, Any]:
     if not model.architecture:
         raise UserError(f"model.path: {file} is not there; download the model, or give model.architecture its numbers")
     return dict(model.architecture)
+
+
+def _critic_architecture(cfg: TrainingConfig) -> dict[str, Any]:
+    """The value model's numbers: the policy's, unless it has a checkpoint of its own."""
+    path = cfg.critic.path
+    if path is None:
+        return _architecture(cfg)
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"critic.path: {file} is not there; download the model, or take critic.path=null")
+    return json.loads(file.read_text())
 
 
 def _strategy(trainer: dict[str, Any]) -> tuple[Strategy, bool]:

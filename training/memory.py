@@ -7,7 +7,7 @@ allocator and NCCL are covered by a flat ``RESERVE``. T is tokens of a micro-bat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rollout.errors import UserError
@@ -59,7 +59,8 @@ class PlanInput:
     """What a plan is made of; independent of Hydra.
 
     ``weight_bytes`` is what the trainer stores, ``compute_bytes`` what it multiplies in. ``master``: the optimizer
-    keeps float32 weights beside bfloat16 ones (DeepSpeed). ``moment_bytes`` of each of AdamW's two moments.
+    keeps float32 weights beside bfloat16 ones (DeepSpeed). ``moment_bytes`` of each of AdamW's two moments. ``critic``:
+    the shape of a value model, whole and trained as the policy is; it steps first, and its gradients are gone by then.
     ``adapter_bytes`` of an adapter's weight: peft makes them float32, DeepSpeed's bfloat16 turns them back.
     """
 
@@ -80,6 +81,7 @@ class PlanInput:
     minibatches: int = 1
     epochs: int = 1
     adapter_bytes: int = FLOAT32
+    critic: Shape | None = None
 
 
 @dataclass
@@ -260,16 +262,20 @@ def plan(p: PlanInput) -> Plan:
         raise UserError(f"node.engine_gpus: {p.engine.own_gpus} of {p.gpus} GPUs leave none to train on; lower it")
     states = model_states(p)
     reference = {"reference": states["weights"]} if p.reference and not p.shape.adapter else {}
-    resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference}
+    critic = None if p.critic is None else replace(p, shape=p.critic, critic=None)
+    value_states = {} if critic is None else model_states(critic)
+    value_model = {"critic": value_states["weights"] + value_states["optimizer"]} if value_states else {}
+    resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference, **value_model}
+    steps = [p] if critic is None else [p, critic]  # of an update, one after the other
     shared = p.engine.own_gpus == 0
     training = Phase(
         "training",
         {
             **resting,
-            "gradients": states["gradients"],
-            "gathered weights": gathered(p),
-            "kept activations": kept_activations(p),
-            "layer or head at work": max(layer_work(p), head_work(p)),
+            "gradients": max(states["gradients"], value_states.get("gradients", 0)),
+            "gathered weights": max(map(gathered, steps)),
+            "kept activations": max(map(kept_activations, steps)),
+            "layer or head at work": max(head_work(p), *map(layer_work, steps)),
             **({"engine asleep": ENGINE_ASLEEP} if shared else {}),
             "reserve": RESERVE,
         },

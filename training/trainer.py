@@ -77,6 +77,8 @@ class RolloutTrainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward of all micro-batches; the gradient is that of the sum of their losses over all ranks."""
         start = time.monotonic()
+        critic = self._train_critic(inputs["critic"])
+        trained = time.monotonic()
         model.train()
         micro_batches, anchors = inputs["micro_batches"], inputs["anchors"]
         total = torch.zeros((), device=self.args.device)
@@ -100,18 +102,24 @@ class RolloutTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {total.item()}; the last checkpoint is untouched: "
                 "lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
             )
-        self._metrics = dict(inputs["metrics"])
         now = time.monotonic()
-        self._metrics |= {"time/train": now - start, "time/step": now - self._step_end}
+        self._metrics = inputs["metrics"] | critic
+        self._metrics |= {"time/train": now - trained, "time/step": now - self._step_end}
         if self.critic is not None:
-            for step in inputs["critic"]:
-                self._metrics |= self.critic.step(step)
-            self._metrics["time/critic"] = time.monotonic() - now
+            self._metrics["time/critic"] = trained - start
         if stats:
             policy = means(reduce(stats))
             del policy["loss"]  # Trainer logs it
             self._metrics |= {f"policy/{name}": value for name, value in policy.items()}
         return total
+
+    def _train_critic(self, steps: list[list[MicroBatch]]) -> dict[str, float]:
+        """The value model's steps, before the policy's: their gradients are gone when those of the policy come."""
+        metrics: dict[str, float] = {}
+        if self.critic is not None:
+            for step in steps:
+                metrics |= self.critic.step(step)
+        return metrics
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Also the last look before the optimizer's step: a finite loss can have gradients that are not."""
