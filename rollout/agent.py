@@ -49,11 +49,13 @@ async def run_episode(
     *,
     episode: Episode | None = None,
     timed: Callable[[asyncio.Timeout], None] = lambda deadline: None,
+    waiting: Callable[[bool], None] = lambda begins: None,
 ) -> Episode:
     """Play one episode to its end and score it. Raises ``EpisodeDropped`` where infrastructure failed.
 
     ``episode``: one to go on with, as an earlier window left it; tools that had not answered are called again.
-    ``timed`` is handed the deadline, for whoever makes an episode wait through no fault of its own.
+    ``timed`` is handed the deadline, for whoever makes an episode wait through no fault of its own. ``waiting`` is
+    called when the episode begins (True) to wait for a tool that takes time, and when it has answered (False).
     """
     if episode is None:
         episode = Episode.begin(row.id, group_id or row.id, sample, row.difficulty)
@@ -64,7 +66,8 @@ async def run_episode(
             tools = environment.tools()
             await speaker.open(episode, messages, tools)
             try:
-                await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits)
+                if episode.status is Status.UNFINISHED:  # else it was taken up where only its score was missing
+                    await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits, waiting)
             finally:
                 await speaker.close(episode)
             episode.rewards, episode.success = await environment.score(episode)
@@ -78,11 +81,13 @@ async def run_episode(
     return episode
 
 
-async def _converse(episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig) -> None:
+async def _converse(
+    episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig, waiting: Callable[[bool], None]
+) -> None:
     calls = sum(len(turn.calls) for turn in episode.turns)
     own = episode.own_tokens - episode.open_tokens
     if episode.unanswered:
-        await _answer(episode, tools, speaker, limits)
+        await _answer(episode, tools, speaker, limits, waiting)
     while True:
         room = limits.max_new_tokens - own
         turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
@@ -98,15 +103,25 @@ async def _converse(episode: Episode, tools: dict[str, Tool], speaker: Speaker, 
         if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
             episode.status = Status.CALL_LIMIT
             return
-        await _answer(episode, tools, speaker, limits)
+        await _answer(episode, tools, speaker, limits, waiting)
 
 
-async def _answer(episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig) -> None:
+async def _answer(
+    episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig, waiting: Callable[[bool], None]
+) -> None:
     """Run the calls of the last turn, all at once; the policy reads what they gave."""
     turn = episode.turns[-1]
+    if any(_takes_time(tools[x.name]) for x in turn.calls if x.problem is None and x.name in tools):
+        waiting(True)
     results = await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls))
     turn.results = list(results)
+    waiting(False)
     await speaker.read(episode, turn.results)
+
+
+def _takes_time(tool: Tool) -> bool:
+    """A tool without a time-out is a fast, pure function: it is over before anything else can happen."""
+    return tool.is_async or tool.timeout is not None
 
 
 async def _execute(asked: ToolCall, tools: dict[str, Tool], limits: LimitsConfig) -> ToolResult:

@@ -123,10 +123,12 @@ class Runner:
         speaker: Callable[[], Speaker],
         episode: Episode | None = None,
         opened: Callable[[Episode, asyncio.Timeout], None] = lambda episode, deadline: None,
+        waiting: Callable[[bool], None] = lambda begins: None,
     ) -> Episode:
         """Play a job; whatever went wrong outside the policy is retried, then drops the episode.
 
-        ``episode`` is one to go on with: a retry begins it anew. ``opened`` gets what each attempt plays.
+        ``episode`` is one to go on with: a retry begins it anew. ``opened`` gets what each attempt plays; ``waiting``
+        as for ``run_episode``.
         """
         try:
             for attempt in range(self.limits.retries + 1):
@@ -134,7 +136,10 @@ class Runner:
                     episode = Episode.begin(job.row.id, job.group_id, job.sample, job.row.difficulty)
                 timed = functools.partial(opened, episode)
                 try:
-                    await run_episode(job.row, self.environment(), speaker(), self.limits, episode=episode, timed=timed)
+                    environment = self.environment()
+                    await run_episode(
+                        job.row, environment, speaker(), self.limits, episode=episode, timed=timed, waiting=waiting
+                    )
                     break
                 except (EpisodeDropped, EngineDied, UserError):
                     raise

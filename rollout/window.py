@@ -42,7 +42,6 @@ class Live:
     gate: asyncio.Future[int] | None = None
     task: asyncio.Task[None] | None = None
     deadline: asyncio.Timeout | None = None
-    spare: float = 0.0  # seconds that its deadline was away when it began to stand still
 
 
 @dataclass(eq=False)
@@ -56,7 +55,10 @@ class Slot:
 
 @dataclass
 class Ended:
-    """What a window leaves: episodes that are over, by slot, copies of those that are not, and drops with causes."""
+    """What a window leaves: episodes that are over, by slot, copies of those that are not, and drops with causes.
+
+    What ended since the window before, because a tool failed or filled the context in between, is among it.
+    """
 
     finished: list[Episode]
     unfinished: list[Episode]
@@ -81,8 +83,10 @@ class Window:
         self._by_program: dict[str, Slot] = {}
         self._cut: set[str] = set()
         self._open = False
-        self._wrote = 0
         self._ended: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None  # what ended the rollouts; perhaps between two windows
+        # Of this window, and of the time since the one before:
+        self._wrote = 0
         self._finished: list[tuple[int, Episode]] = []  # with the slots' numbers
         self._drops: list[tuple[Job, str]] = []
 
@@ -92,29 +96,31 @@ class Window:
         """Open a window, wait until it is over and give what it left; raises what ended the rollouts."""
         return self.runner.call(self._play(), timeout, f"a window of {self.length} tokens to end")
 
-    def state_dict(self) -> list[dict[str, Any] | None]:
-        """Unfinished episodes by slot, as they stand between two windows."""
+    def state_dict(self) -> dict[str, Any]:
+        """Unfinished episodes by slot, as they stand between two windows, and what has ended since the last."""
 
-        async def read() -> list[dict[str, Any] | None]:
-            return [
+        async def read() -> dict[str, Any]:
+            slots = [
                 None
                 if slot.live is None
                 else {"job": slot.live.job, "episode": slot.live.episode.snapshot(), "age": slot.live.age}
                 for slot in self.slots
             ]
+            return {"slots": slots, "finished": list(self._finished), "drops": list(self._drops)}
 
         return self.runner.call(read(), 60.0, "unfinished episodes to be written down")
 
-    def load_state_dict(self, state: list[dict[str, Any] | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the episodes up again; they go on when the next window opens."""
-        if len(state) != len(self.slots):
+        if len(state["slots"]) != len(self.slots):
             raise UserError(
-                f"batch.prompts, budget.samples: the run began with {len(state)} episodes at a time, now there are "
-                f"{len(self.slots)}; give the numbers that it began with"
+                f"batch.prompts, budget.samples: the run began with {len(state['slots'])} episodes at a time, now "
+                f"there are {len(self.slots)}; give the numbers that it began with"
             )
 
         async def start() -> None:
-            for slot, kept in zip(self.slots, state, strict=True):
+            self._finished, self._drops = list(state["finished"]), list(state["drops"])
+            for slot, kept in zip(self.slots, state["slots"], strict=True):
                 if kept is not None:
                     self._start(slot, Live(kept["job"], kept["episode"], kept["age"]))
 
@@ -131,11 +137,12 @@ class Window:
         loop = asyncio.get_running_loop()
         live.gate, live.state = loop.create_future(), State.ASKING
         when = live.deadline.when()
-        live.spare = 0.0 if when is None else when - loop.time()
+        assert when is not None
+        spare = when - loop.time()
         live.deadline.reschedule(None)  # standing still is nobody's fault
         self._proceed()
         granted = await live.gate
-        live.deadline.reschedule(loop.time() + live.spare)
+        live.deadline.reschedule(loop.time() + spare)
         return granted
 
     def charge(self, episode: Episode, tokens: int) -> bool:
@@ -153,27 +160,23 @@ class Window:
             slot.left = 0
         return cut
 
-    def tool(self, episode: Episode) -> None:
-        """The episode waits for a tool."""
-        slot = self._slot(episode)
-        assert slot.live is not None
-        slot.live.state, slot.lags = State.TOOL, True
-        asyncio.get_running_loop().call_soon(self._proceed)  # if it is over instead, it says so before
-
     # ---- the window itself
 
     async def _play(self) -> Ended:
-        self._finished, self._drops, self._wrote, self._cut = [], [], 0, set()
+        self._cut = set()
         for slot in self.slots:
             slot.left = self.length
             slot.lags = slot.live is not None and slot.live.state is State.TOOL
         self._ended = asyncio.get_running_loop().create_future()
-        self._open = True
-        self._proceed()
-        try:
-            await self._ended
-        finally:
-            self._open = False
+        self._open = self._error is None
+        if self._open:
+            self._proceed()
+            try:
+                await self._ended
+            finally:
+                self._open = False
+        if self._error is not None:
+            raise self._error
         for live in self._lives():
             live.age += 1
             if live.age >= self.max_age:
@@ -182,17 +185,19 @@ class Window:
                 self._release(live)
                 self._drops.append((live.job, "too_old"))
         finished = [episode for _, episode in sorted(self._finished, key=lambda pair: pair[0])]
-        unfinished = [live.episode.snapshot() for live in self._lives()]
+        ended = Ended(finished, [live.episode.snapshot() for live in self._lives()], self._drops, self._wrote)
+        self._finished, self._drops, self._wrote = [], [], 0
         if self.once:
             for sequence in (sequence for live in self._lives() for sequence in live.episode.sequences):
                 sequence.trained = sequence.own_tokens
-        return Ended(finished, unfinished, self._drops, self._wrote)
+        return ended
 
     def _proceed(self) -> None:
         """Start and let on whoever may; see whether the window is over."""
         if not self._open:
             return
-        exact = self.runner.lockstep is not None
+        lockstep = self.runner.lockstep
+        exact = lockstep is not None
         if exact and self._any(State.BUSY, State.WRITING, State.TOOL):
             return
         started = False
@@ -207,10 +212,10 @@ class Window:
         going = [
             slot for slot in self.slots if slot.live is not None and slot.live.state is State.ASKING and slot.left > 0
         ]
-        if exact:
+        if lockstep is not None:
             for slot in going:
                 assert slot.live is not None
-                self.runner.lockstep.enter(program_id(slot.live.job))
+                lockstep.enter(program_id(slot.live.job))
         for slot in going:
             assert slot.live is not None and slot.live.gate is not None
             slot.live.state = State.WRITING
@@ -220,7 +225,7 @@ class Window:
         if self._any(State.WRITING):
             self._cut_laggards()
         elif self._wrote or not self._any(State.TOOL):  # with nothing written there is nothing to train on: wait
-            self._end(None)
+            self._end()
 
     def _cut_laggards(self) -> None:
         """After l engine steps the window is over also for those whose tools took some of them."""
@@ -250,11 +255,17 @@ class Window:
         from rollout.agent import EpisodeDropped
 
         def opened(episode: Episode, deadline: asyncio.Timeout) -> None:
-            live.episode, live.deadline = episode, deadline
+            live.episode, live.deadline, live.state = episode, deadline, State.BUSY
+
+        def waiting(begins: bool) -> None:
+            live.state = State.TOOL if begins else State.BUSY
+            if begins:
+                self._slot(live.episode).lags = True
+                self._proceed()
 
         assert self.policy is not None
         try:
-            await self.runner.play_one(live.job, self.policy.speaker, live.episode, opened)
+            await self.runner.play_one(live.job, self.policy.speaker, live.episode, opened, waiting)
         except EpisodeDropped as error:
             self._drops.append((live.job, error.cause))
         else:
@@ -272,14 +283,13 @@ class Window:
 
     def _fail_with(self, task: asyncio.Future[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            self._end(task.exception())
+            self._error = task.exception()
+            self._end()
 
-    def _end(self, error: BaseException | None) -> None:
+    def _end(self) -> None:
+        self._open = False  # at once: who asks from here on waits for the next window
         if self._ended is not None and not self._ended.done():
-            if error is None:
-                self._ended.set_result(None)
-            else:
-                self._ended.set_exception(error)
+            self._ended.set_result(None)
 
     def _slot(self, episode: Episode) -> Slot:
         return self._by_program[program_id(episode)]
