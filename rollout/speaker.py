@@ -82,8 +82,6 @@ class EngineSpeaker:
         episode.open_turn = None
         # What it has read may fill the context: then nothing more can be written.
         turn = self.policy.chat.parse(written, self.policy.reasoning) if written else Turn("", "", well_formed=False)
-        if turn.calls and self.policy.window is not None:
-            self.policy.window.tool(episode)
         return turn, len(written), not stopped
 
     async def _write(self, episode: Episode, room: int) -> bool:
@@ -100,7 +98,7 @@ class EngineSpeaker:
             sequence.token_ids,
             replace(policy.sampling, max_tokens=room, seed=seed, stop_token_ids=tuple(policy.chat.stop_token_ids)),
             program_id=program_id(episode),
-            tool=self.last_tool,
+            tool=None if episode.open_tokens else self.last_tool,  # what a window cut was not away with a tool
         )
         ended_by_window = window is not None and window.charge(episode, len(out.ids))
         if out.finish == "abort" and not ended_by_window:
