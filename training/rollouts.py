@@ -151,7 +151,7 @@ class TruncatedRollouts:
     ``unfinished``: the advantage takes episodes that are not over, and each own token is trained in the window that
     wrote it; a reward then sees only those members of a group that ended together. Else a group is trained, whole,
     once its last member has finished: it is by then partly of older versions, and windows without such a group pass
-    without a step.
+    without a step, until as many groups have ended as the selection may see in one.
     """
 
     def __init__(self, source: Source, window: Window, *, unfinished: bool) -> None:
@@ -164,7 +164,8 @@ class TruncatedRollouts:
     def play(self, version: int) -> Round:
         self._version = version
         past = Round([], [], 0, len(self.window.slots))
-        while not past.kept:
+        most = self.source.axes.selection.max_rounds * self.source.size
+        while not past.kept and len(past.seen) < most:
             ended = self.window.play(self.source.timeout_s)
             past.tokens += ended.tokens
             past.drops.update(cause for _, cause in ended.drops)
