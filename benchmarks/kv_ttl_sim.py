@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ import numpy as np
 from benchmarks.arms import STORE, commit
 from benchmarks.report import Report
 from benchmarks.sim_cells import KNEE, LOADS, RL, TRACE, Cell, Run, simulate_run
+from benchmarks.sim_plots import Point, trade_off
 from benchmarks.sim_prediction import predict
 
 GRID = ("fcfs", "program_fcfs", "turnstile", "clairvoyant")
@@ -102,6 +104,10 @@ class Store:
                     f"{done}/{len(missing)} {run.cell.name} {run.arm} seed {run.seed}; "
                     f"{(len(missing) - done) / rate / 60:.1f} min left", style="dim", highlight=False
                 )  # fmt: skip
+
+    def clear(self) -> None:
+        """A benchmark that ended leaves nothing to go on from."""
+        shutil.rmtree(self._folder)
 
     def _path(self, run: Run) -> Path:
         return self._folder / f"{hashlib.sha256(run.key.encode()).hexdigest()[:20]}.json"
@@ -213,6 +219,20 @@ def show_others(report: Report, store: Store, grid: list[Cell]) -> None:
     )
 
 
+def trade_offs(store: Store, grid: list[Cell]) -> dict[str, list[Point]]:
+    """The overload cells of the first hardware; caps by number make a curve."""
+    cells = {}
+    for cell in (c for c in grid if c.load == "overload" and c.hardware == "h100_8b"):
+        stock = store.mean(cell, STOCK, "job_time"), store.p99(cell, STOCK)
+        cells[cell.workload] = [
+            Point(policy, store.mean(cell, arm, "job_time") / stock[0], store.p99(cell, arm) / stock[1], label)
+            for arm in store.arms(cell)
+            if arm not in (STOCK, BOUND)
+            for policy, _, label in [arm.partition(" ")]
+        ]
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=1)
@@ -220,6 +240,7 @@ def main() -> None:
     parser.add_argument("--only", help="this workload alone")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
     args = parser.parse_args()
     report = Report("kv_ttl_sim")
     programs = 20 if args.quick else args.programs
@@ -239,10 +260,14 @@ def main() -> None:
     if grid:
         judge(report, store, grid)
         show_others(report, store, grid)
+        if args.plots:
+            args.plots.mkdir(parents=True, exist_ok=True)
+            trade_off(args.plots / "kv_ttl_sim_overload.png", trade_offs(store, grid))
     if rl:
         judge_rl(report, store, list({run.cell: None for run in store.outcomes if run.cell.load == "batch"}))
     if args.only is None and not args.quick:
         predict(report)
+    store.clear()
     report.finish(args.quick)
 
 

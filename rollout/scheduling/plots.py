@@ -42,7 +42,7 @@ def delay_cdf(path: Path, delays: Mapping[str, Sequence[float]], title: str = ""
     from matplotlib.ticker import LogLocator
 
     figure, (axis,) = _rows(1, 3.3)
-    for (policy, values), look in zip(delays.items(), _looks(delays), strict=True):
+    for (policy, values), look in zip(delays.items(), looks(delays), strict=True):
         if not values:
             raise ValueError(f"delay_cdf: no delay for {policy!r}; leave it out")
         ordered = sorted(max(value, SHORTEST) for value in values)
@@ -111,7 +111,7 @@ def ratio_curve(
     axis.annotate(
         "stock", (1, 1), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", **SMALL
     )
-    for number, ((name, points), look) in enumerate(zip(series.items(), _looks(series), strict=True)):
+    for number, ((name, points), look) in enumerate(zip(series.items(), looks(series), strict=True)):
         if len(points) != len(xs):
             raise ValueError(f"ratio_curve: {len(points)} points for {name!r} and {len(xs)} sizes; give one for each")
         aside = 1.035 ** (number - (len(series) - 1) / 2)  # so that whiskers stand apart
@@ -140,7 +140,7 @@ def _rows(count: int, height: float) -> tuple[Any, Any]:
     return figure, axes[:, 0]
 
 
-def _looks(names: Iterable[str]) -> list[dict[str, Any]]:
+def looks(names: Iterable[str]) -> list[dict[str, Any]]:
     """Stock is grey and ours thick and blue, in every picture; the others take colours in turn."""
     looks: list[dict[str, Any]] = []
     taken = 0

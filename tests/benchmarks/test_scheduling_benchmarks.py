@@ -55,6 +55,12 @@ def test_kv_ttl_on_real_vllm(tmp_path: Path) -> None:
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
 
 
+def test_kv_ttl_sim(tmp_path: Path) -> None:
+    figures = quick("kv_ttl_sim", tmp_path, "--plots", "pictures")
+    assert figures["cells"] == 3 and figures["worst_upper_bound"] > 0 and figures["rl_makespan_gain"] > 0
+    assert (tmp_path / "pictures" / "kv_ttl_sim_overload.png").stat().st_size > 10_000
+
+
 def test_scheduler_overhead(tmp_path: Path) -> None:
     figures = quick("scheduler_overhead", tmp_path)
     assert min(figures.values()) > 0
