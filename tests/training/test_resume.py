@@ -12,19 +12,32 @@ from rollout.plots import read_jsonl
 from tests.training.launch import SMALL, context, train
 
 STEPS = 48
-KILLS = 5
+ALGORITHMS = {
+    "grpo_token": ["batch.minibatches=2"],
+    # Windows of 5 of 16 tokens: at every step some episodes are unfinished.
+    "tppo": [
+        "batch.prompts=8",
+        "budget.samples=1",
+        "window.length=5",
+        "critic.warmup_rounds=2",
+        "critic.optimizer.learning_rate=0.01",
+    ],
+}
 
 
-def settings(run_dir: Path) -> list[str]:
-    exact = ["engine.deterministic=true", f"steps={STEPS}", "checkpoint.every=1", "batch.minibatches=2"]
-    return [*SMALL, *exact, "optimizer.learning_rate=0.01", f"run_dir={run_dir}"]
+def settings(algorithm: str, run_dir: Path) -> list[str]:
+    exact = ["engine.deterministic=true", f"steps={STEPS}", "checkpoint.every=1", f"algorithm={algorithm}"]
+    return [*SMALL, *exact, *ALGORITHMS[algorithm], "optimizer.learning_rate=0.01", f"run_dir={run_dir}"]
 
 
-@pytest.mark.timeout(420)
-def test_five_kills_leave_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("algorithm", "most"), [("grpo_token", 5), pytest.param("tppo", 10, marks=pytest.mark.slow), ("tppo", 2)]
+)
+def test_kills_leave_the_same_weights(tmp_path: Path, algorithm: str, most: int) -> None:
     processes = context()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = processes.Process(target=train, args=(settings(whole), tmp_path / "whole.log"))
+    reference = processes.Process(target=train, args=(settings(algorithm, whole), tmp_path / "whole.log"))
     reference.start()
     reference.join(300)
     assert reference.exitcode == 0, (tmp_path / "whole.log").read_text()[-2000:]
@@ -32,11 +45,11 @@ def test_five_kills_leave_the_same_weights(tmp_path: Path) -> None:
     rng, log = random.Random(0), tmp_path / "killed.log"
     kills = 0
     while True:
-        overrides = [*settings(killed), f"resume={str(kills > 0).lower()}"]
+        overrides = [*settings(algorithm, killed), f"resume={str(kills > 0).lower()}"]
         process = processes.Process(target=train, args=(overrides, log))
         process.start()
         before = len(read_jsonl(killed / "metrics.jsonl"))
-        if kills < KILLS:
+        if kills < most:
             # Wait until it really trains, then a random moment: mid-rollout, mid-step or mid-save.
             for _ in range(3000):
                 process.join(0.02)
@@ -51,10 +64,13 @@ def test_five_kills_leave_the_same_weights(tmp_path: Path) -> None:
         process.join(120)
         break
     assert process.exitcode == 0, log.read_text()[-2000:]
-    assert kills == KILLS, "the run ended before it was killed often enough"
+    assert kills == most, "the run ended before it was killed often enough"
     a, b = (load_file(run / "checkpoints" / f"step-{STEPS}" / "model.safetensors") for run in (whole, killed))
     assert a.keys() == b.keys()
     assert all((a[name] == b[name]).all() for name in a)
+    critics = [run / "checkpoints" / f"step-{STEPS}" / "critic" / "model.safetensors" for run in (whole, killed)]
+    if algorithm == "tppo":
+        assert critics[0].read_bytes() == critics[1].read_bytes()
     assert steps(killed) == steps(whole) == list(range(1, STEPS + 1))
     assert rewards(killed) == rewards(whole)
     assert not list((killed / "checkpoints").glob(".*")), "a half-written checkpoint was left behind"
