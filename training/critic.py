@@ -146,7 +146,7 @@ class Critic:
         if self.is_deepspeed:
             _, state = self.wrapped.load_checkpoint(str(target / "deepspeed"), tag="state")
         else:
-            state = torch.load(target / "optimizer.pt", map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(target / "optimizer.pt", map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
         self.steps = state["steps"]

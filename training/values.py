@@ -50,6 +50,7 @@ def check_tokenizer(path: str | Path, policy: PreTrainedTokenizerFast) -> None:
     """Refuse a value model that reads other token ids than the policy writes."""
     from transformers import AutoTokenizer
 
+    check_checkpoint(path, ("config.json", "tokenizer_config.json"))
     try:
         theirs, ours = AutoTokenizer.from_pretrained(path).get_vocab(), policy.get_vocab()
     except (OSError, ValueError) as error:
