@@ -283,7 +283,7 @@ class Window:
 
     def _fail_with(self, task: asyncio.Future[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            self._error = task.exception()
+            self._error = self._error or task.exception()  # what came first is the cause
             self._end()
 
     def _end(self) -> None:
