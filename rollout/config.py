@@ -150,6 +150,34 @@ class ArithmeticConfig:
 
 
 @dataclass
+class LongChainConfig:
+    """Chains of digits whose solution lengths follow a pinned heavy-tailed law, in own tokens."""
+
+    _target_: str = "rollout.tasks.long_chain.LongChain"
+    name: str = "long_chain"
+    size: int = 4096  # training questions
+    test_size: int = 1000
+    seed: int = 0
+    slip: float = 0.05  # share of wrong digits among the steps of demonstrations: what RL has to remove
+    median_tokens: int = 64
+    longest_tokens: int = 512  # the 99th percentile, and the maximum
+
+    def __post_init__(self) -> None:
+        for name in ("size", "test_size"):
+            require(getattr(self, name) > 0, f"task.{name}", f"{getattr(self, name)} must be at least 1")
+        require(0 <= self.slip <= 1, "task.slip", f"{self.slip} must be in [0, 1]")
+        shortest = 14  # one step with two digits of countdown
+        require(
+            self.median_tokens >= shortest, "task.median_tokens", f"{self.median_tokens} must be at least {shortest}"
+        )
+        require(
+            self.longest_tokens > self.median_tokens,
+            "task.longest_tokens",
+            f"{self.longest_tokens} must be above task.median_tokens={self.median_tokens}",
+        )
+
+
+@dataclass
 class Gsm8kConfig:
     """GSM8K's own JSONL files, read from ``path`` (a folder with train.jsonl and test.jsonl)."""
 
@@ -271,7 +299,12 @@ class EvaluateConfig:
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {"arithmetic": ArithmeticConfig, "gsm8k": Gsm8kConfig, "dataset": DatasetConfig},
+    "task": {
+        "arithmetic": ArithmeticConfig,
+        "long_chain": LongChainConfig,
+        "gsm8k": Gsm8kConfig,
+        "dataset": DatasetConfig,
+    },
     "engine": {"vllm": VllmConfig, "transformers": TransformersConfig},
 }
 
