@@ -1,6 +1,7 @@
 """Programs over HTTP: ``vllm serve … --middleware rollout.scheduling.middleware.ProgramMiddleware``.
 
-OpenAI's ``prompt_cache_key``, which no scheduler of vLLM's sees, becomes ``session_id``, and
+OpenAI's ``prompt_cache_key``, which no scheduler of vLLM's sees, becomes ``session_id``. A turn that brings a tool's
+result says so to the scheduler (``tool`` in ``vllm_xargs``): its job goes on, in whatever format the call was written.
 ``POST /v1/programs/{id}/release`` says that a program will not come back. If the scheduler has a ``metrics_path``,
 vLLM's ``/metrics`` shows what it writes there.
 """
@@ -8,8 +9,10 @@ vLLM's ``/metrics`` shows what it writes there.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import HTTPException
@@ -21,13 +24,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rollout.scheduling.metrics import expose
 from rollout.scheduling.options import Options
 from rollout.scheduling.programs import LONGEST_NAME, RELEASE
+from rollout.scheduling.tool_names import MOST_NAMES, label
 
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+NAMELESS = "tool"  # the hint where a result does not tell of which tool it is
+TELLING = (b'"session_id"', b'"prompt_cache_key"', b'"tool"', b'"function_call_output"')  # a body without is left alone
 RELEASE_TIMEOUT = 30.0  # seconds in which the engine must come round to a release: far more than a step takes
 
 
 class ProgramMiddleware:
-    """Pure ASGI, streams through; changes nothing but the body of a turn that is named by ``prompt_cache_key`` alone.
+    """Pure ASGI, streams through; adds to the body of a turn what the scheduler must know, and changes nothing else.
 
     A name that the client gives vLLM itself comes first, in vLLM's order: ``session_id`` in the body, the header
     ``X-Session-ID``, ``session_id`` in ``vllm_xargs``. A name is a string of 1 to 256 printable characters: any other
@@ -52,7 +58,7 @@ class ProgramMiddleware:
 
 
 class _Body:
-    """The ``receive`` of a turn: the body, once it is asked for, with the session's name in it."""
+    """The ``receive`` of a turn: the body, once it is asked for, with what the scheduler must know in it."""
 
     def __init__(self, receive: Receive, header: str | None) -> None:
         self._receive = receive
@@ -71,17 +77,20 @@ class _Body:
         if messages[-1]["type"] != "http.request":  # the client left
             return messages
         body = b"".join(message.get("body", b"") for message in messages)
-        named = name_session(body, self._header)
-        return messages if named is body else [{"type": "http.request", "body": named, "more_body": False}]
+        told = tell(body, self._header)
+        return messages if told is body else [{"type": "http.request", "body": told, "more_body": False}]
 
 
-def name_session(body: bytes, header: str | None = None) -> bytes:
-    """``body`` with ``session_id`` as its last member if ``prompt_cache_key`` names the program, else ``body`` itself.
+def tell(body: bytes, header: str | None = None) -> bytes:
+    """``body`` with more members at its end, of which a JSON parser takes the last; ``body`` itself if none is needed.
+
+    ``session_id``, if ``prompt_cache_key`` alone names the program; ``vllm_xargs`` with the ``tool`` whose result the
+    turn brings, if the client does not name it there.
 
     Raises:
         HTTPException: 400, the name is malformed. FastAPI passes it on, and vLLM renders it as OpenAI does.
     """
-    if header is None and b'"session_id"' not in body and b'"prompt_cache_key"' not in body:
+    if header is None and not any(word in body for word in TELLING):
         return body  # spares most bodies a second parse
     try:
         content = json.loads(body.decode())
@@ -89,6 +98,21 @@ def name_session(body: bytes, header: str | None = None) -> bytes:
         return body
     if not isinstance(content, dict):
         return body
+    more: dict[str, Any] = {}
+    if (name := cache_key(content, header)) is not None:
+        more["session_id"] = name
+    extra = content.get("vllm_xargs")
+    extra = {} if extra is None else extra
+    if isinstance(extra, dict) and "tool" not in extra and (tool := tool_before(content)) is not None:
+        more["vllm_xargs"] = {**extra, "tool": tool}
+    if not more:
+        return body
+    end = body.rindex(b"}")
+    return body[:end] + b", " + json.dumps(more).encode()[1:] + body[end + 1 :]
+
+
+def cache_key(content: dict[str, Any], header: str | None) -> str | None:
+    """``prompt_cache_key``, if no name that vLLM knows itself stands before it. HTTPException 400: a malformed one."""
     extra = content.get("vllm_xargs")
     names = {
         "session_id": content.get("session_id"),
@@ -96,14 +120,43 @@ def name_session(body: bytes, header: str | None = None) -> bytes:
         "vllm_xargs.session_id": extra.get("session_id") if isinstance(extra, dict) else None,
         "prompt_cache_key": content.get("prompt_cache_key"),
     }
-    for where, name in names.items():
-        if name is not None:
-            check_name(name, where)
-            if where != "prompt_cache_key":
-                return body
-            end = body.rindex(b"}")
-            return body[:end] + b', "session_id": ' + json.dumps(name).encode() + body[end:]
-    return body
+    where, name = next(((where, name) for where, name in names.items() if name is not None), ("", None))
+    if name is None:
+        return None
+    check_name(name, where)
+    return name if where == "prompt_cache_key" else None
+
+
+def tool_before(content: dict[str, Any]) -> str | None:
+    """The tool whose result ends the prompt, as the scheduler calls it; None if something else does.
+
+    Results are messages of the role ``tool`` (chat), or items ``function_call_output`` (Responses). The name is the
+    message's own, or that in the call which the result answers. Several calls make one key, as in an output.
+    """
+    turns = content.get("messages", content.get("input"))
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    results = list(itertools.takewhile(_is_result, reversed(turns)))
+    if not results:
+        return None
+    called = dict(pair for turn in turns for pair in _calls(turn))
+    names = [turn.get("name") or called.get(str(turn.get("tool_call_id", turn.get("call_id")))) for turn in results]
+    known = {label(name) for name in names if isinstance(name, str)}
+    return label("+".join(sorted(known)[:MOST_NAMES])) if known else NAMELESS
+
+
+def _is_result(turn: dict[str, Any]) -> bool:
+    return turn.get("role") == "tool" or turn.get("type") == "function_call_output"
+
+
+def _calls(turn: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Id and tool of the calls in an assistant's message, or of an item that is a call."""
+    if turn.get("type") == "function_call":
+        yield str(turn.get("call_id")), turn.get("name")
+    calls = turn.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            yield str(call.get("id")), function.get("name")
 
 
 async def release(request: Request) -> JSONResponse:

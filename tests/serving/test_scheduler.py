@@ -124,6 +124,18 @@ def test_a_tool_call_is_a_pause_within_a_job(client: Any, url: str) -> None:
     assert grown(url, before, "programs", "turns", "claims", "jobs", "tokens_reused") == [1, 2, 1, 1, cached]
 
 
+def test_a_tools_result_goes_on_with_the_job_however_its_call_was_written(client: Any, url: str) -> None:
+    """The output held no call that the scheduler can read; the message that answers it says what it was."""
+    before = numbers(url)
+    session = {"X-Session-ID": "unreadable"}
+    ask(client, question(EASY), extra_headers=session)
+    time.sleep(PAUSE)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": "weather?", "tool_calls": [call]}
+    ask(client, [*question(EASY), asked, {"role": "tool", "tool_call_id": "c1", "content": "4"}], extra_headers=session)
+    assert grown(url, before, "programs", "turns") == [1, 2]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -190,6 +202,9 @@ def test_the_end_leaves_numbers_jobs_and_latencies(scheduled: Serving, url: str,
     (job,) = (job for job in jobs if job["program"] == "sum")
     assert job["turns"] == 2
     assert PAUSE < job["gaps"] < job["finished"] - job["arrived"]
+    *_, job = (job for job in jobs if job["program"] == "unreadable")
+    assert job["turns"] == 2 and job["gaps"] > PAUSE
     kept = ToolLatencies()
     kept.load(run_dir / "kept.json")
     assert kept.durations("calculator")[:5] == [2.0] * 5
+    assert len(kept.durations("weather")) == 1

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY, generate_latest
 from starlette.responses import Response
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
@@ -23,8 +25,10 @@ from vllm.entrypoints.serve.middleware.register import init_entrypoints_middlewa
 
 from rollout.scheduling import metrics, middleware
 from rollout.scheduling.counters import Counters
+from rollout.scheduling.latency import ToolLatencies
 from rollout.scheduling.metrics import Publisher
-from rollout.scheduling.middleware import ProgramMiddleware, name_session
+from rollout.scheduling.middleware import ProgramMiddleware, tell, tool_before
+from rollout.scheduling.programs import Programs
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "größer 你好 🐢"}]}
 BODIES: dict[str, dict[str, Any]] = {
@@ -65,7 +69,8 @@ def make_app(api_key: list[str] | None = None, additional_config: dict[str, Any]
     def add_turn(path: str, model: Any) -> None:
         async def turn(request: Any, raw_request: Request) -> dict[str, Any]:
             body = (await raw_request.body()).decode()
-            return {"session": GenerateBaseServing._get_session_id(request, raw_request), "body": body}
+            session = GenerateBaseServing._get_session_id(request, raw_request)
+            return {"session": session, "extra": request.vllm_xargs, "body": body}
 
         turn.__annotations__["request"] = model  # what FastAPI parses the body into
         app.post(path)(turn)
@@ -158,7 +163,7 @@ def test_bodies_in_chunks(app: FastAPI, size: int) -> None:
     assert post(app, "/v1/chat/completions", chunks(body, size)).json()["session"] == "a"
     body = json.dumps(CHAT, ensure_ascii=False).encode()
     answer = post(app, "/v1/chat/completions", chunks(body, size)).json()
-    assert answer == {"session": None, "body": body.decode()}
+    assert answer == {"session": None, "extra": None, "body": body.decode()}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 257, "a\nb", "a\x00", "\x7f", "\ud800", 5, True, 1.5, [], {"a": "b"}])
@@ -195,7 +200,116 @@ def test_a_malformed_header_is_refused(app: FastAPI) -> None:
     ],
 )
 def test_what_names_no_program_is_left_alone(body: bytes) -> None:
-    assert name_session(body) is body
+    assert tell(body) is body
+
+
+def called(*calls: tuple[str, str]) -> dict[str, Any]:
+    """An assistant's message with calls of these ids and names."""
+    functions = [{"id": i, "type": "function", "function": {"name": name, "arguments": "{}"}} for i, name in calls]
+    return {"role": "assistant", "content": None, "tool_calls": functions}
+
+
+def result(call: str, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call, "content": "größer 🐢"} | more
+
+
+USER = CHAT["messages"]
+ITEMS = [{"role": "user", "content": "größer"}]
+CALL = {"type": "function_call", "call_id": "a", "name": "search", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "42"}
+RESULTS: list[tuple[dict[str, Any], str | None]] = [
+    ({"messages": [*USER, called(("a", "search")), result("a")]}, "search"),
+    ({"messages": [*USER, called(("a", "search"), ("b", "fetch")), result("b"), result("a")]}, "fetch+search"),
+    ({"messages": [*USER, called(("a", "search"), ("b", "search")), result("a"), result("b")]}, "search"),
+    ({"messages": [*USER, called(("a", "old")), result("a"), called(("b", "new")), result("b")]}, "new"),
+    ({"messages": [*USER, called(("a", "search")), result("a", name="web")]}, "web"),
+    ({"messages": [*USER, result("nobody's")]}, "tool"),
+    ({"messages": [*USER, called(("a", "person")), result("a")]}, "person()"),
+    ({"messages": [*USER, called(("a", "search")), result("a"), *USER]}, None),
+    ({"messages": USER}, None),
+    ({"input": [*ITEMS, CALL, OUTPUT]}, "search"),
+    ({"input": [OUTPUT]}, "tool"),
+    ({"input": [CALL, OUTPUT, *ITEMS]}, None),
+    ({"input": "function_call_output"}, None),
+]
+
+
+@pytest.mark.parametrize(("turn", "tool"), RESULTS, ids=[str(tool) for _, tool in RESULTS])
+@pytest.mark.parametrize("given", [{}, {"prompt_cache_key": "key"}, {"session_id": "key"}], ids=["", "cache", "own"])
+def test_a_tools_result_says_which_tool_it_is_of(
+    app: FastAPI, turn: dict[str, Any], tool: str | None, given: dict[str, Any]
+) -> None:
+    body = json.dumps({"model": "m"} | turn | given)
+    path = "/v1/chat/completions" if "messages" in turn else "/v1/responses"
+    answer = post(app, path, body.encode()).json()
+    assert answer["extra"] == (None if tool is None else {"tool": tool})
+    assert answer["session"] == ("key" if given else None)
+    assert answer["body"].startswith(body[:-1])  # all else to the byte
+    if tool is None and "prompt_cache_key" not in given:
+        assert answer["body"] == body
+
+
+@pytest.mark.parametrize(
+    ("extra", "becomes"),
+    [
+        ({"tool": "mine"}, {"tool": "mine"}),
+        ({"tool": ""}, {"tool": ""}),
+        ({"last_turn": 1, "session_id": "s"}, {"last_turn": 1, "session_id": "s", "tool": "search"}),
+        ({}, {"tool": "search"}),
+        (None, {"tool": "search"}),
+    ],
+)
+def test_what_the_client_says_itself_stands(
+    app: FastAPI, extra: dict[str, Any] | None, becomes: dict[str, Any]
+) -> None:
+    body = {"model": "m", **RESULTS[0][0], "vllm_xargs": extra}
+    assert post(app, "/v1/chat/completions", body).json()["extra"] == becomes
+
+
+@pytest.mark.parametrize("extra", [["tool"], "tool", {"tool": None}])
+def test_arguments_that_vllm_refuses_are_refused(app: FastAPI, extra: Any) -> None:
+    body = {"model": "m", **RESULTS[0][0], "vllm_xargs": extra}
+    assert post(app, "/v1/chat/completions", body).status_code == 400
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["tool", "a", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "type", "name", "id", "call_id", "tool_call_id", "tool_calls", "function"]), inner
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({}, optional={"messages": anything, "input": anything, "vllm_xargs": anything}))
+def test_any_json_is_read(content: dict[str, Any]) -> None:
+    """What is malformed is for vLLM to refuse, and nothing that was sent is lost."""
+    body = json.dumps(content).encode()
+    told = json.loads(tell(body))
+    name = tool_before(content)
+    assert name is None or (name and name.isprintable() and len(name) <= 64)
+    assert {key: told.get(key) for key in content if key != "vllm_xargs"} == {
+        key: value for key, value in content.items() if key != "vllm_xargs"
+    }
+    extra = content.get("vllm_xargs")
+    hinted = isinstance(extra, dict | None) and name is not None and "tool" not in (extra or {})
+    assert told.get("vllm_xargs") == ((extra or {}) | {"tool": name} if hinted else extra)
+
+
+def test_a_job_goes_on_after_an_output_whose_call_nobody_can_read() -> None:
+    """A format without a known marker reads as a final answer; the body of the next turn says what it was."""
+    programs = Programs(ToolLatencies())
+    turn = programs.arrive("r1", "s", 10, 0.0)
+    programs.admit(turn, 0.0)
+    programs.finish(turn, 1.0, tool=None, aborted=False)
+    told = json.loads(tell(json.dumps(RESULTS[0][0]).encode()))
+    again = programs.arrive("r2", "s", 20, 3.0, told["vllm_xargs"]["tool"])
+    assert again.job is turn.job and (again.job.turns, again.job.gaps) == (2, 2.0)
+    assert programs.latencies.durations("search") == [2.0]
 
 
 def test_bad_json_is_answered_by_vllm(app: FastAPI) -> None:
