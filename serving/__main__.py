@@ -55,7 +55,8 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     name = config.name or checkpoint.path.name
     run_dir = Path(config.run_dir).resolve()
     if config.scheduler.policy is not None:
-        options = with_files(config.scheduler.options, checkpoint=checkpoint.path, run_dir=run_dir)
+        options, variables = with_files(config.scheduler.options, checkpoint=checkpoint.path, run_dir=run_dir)
+        os.environ.update(variables)
         config = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, options=options))
     template = None
     if parsers.template is not None:

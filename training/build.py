@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -82,12 +83,13 @@ def make_policy_model(
 
 
 def engine_settings(cfg: TrainingConfig, model_dir: Path | str, run_dir: Path) -> Any:
-    """The engine's settings, with the run's files among those of a scheduler of ours."""
+    """The engine's settings, with the run's files among those of a scheduler of ours, which finds them by variables."""
     if cfg.scheduler.policy is None:
         return cfg.engine
-    options = with_files(
+    options, variables = with_files(
         cfg.scheduler.options, checkpoint=Path(model_dir), run_dir=run_dir, save=True, resumed=cfg.resume
     )
+    os.environ.update(variables)
     return replace(cfg.engine, scheduler_options=options)
 
 

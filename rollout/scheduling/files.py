@@ -1,7 +1,13 @@
-"""Where the plug-in's files lie: tool latencies beside a checkpoint, the scheduler's numbers in a run's directory."""
+"""Where the plug-in's files lie: tool latencies beside a checkpoint, the scheduler's numbers in a run's directory.
+
+Their paths change with every run, and vLLM counts ``additional_config`` among what its compiled graphs depend on
+(``VllmConfig.compute_hash``): with the paths in it every start would compile anew. So the options name environment
+variables, the same in every run, and the engine's process finds the paths in its environment.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +16,19 @@ from rollout.scheduling.options import KEY
 
 LATENCIES = "tool_latencies.json"
 NUMBERS = "turnstile.json"
+VARIABLES = {  # by option
+    "latencies": "TURNSTILE_LATENCIES",
+    "save_latencies": "TURNSTILE_SAVE_LATENCIES",
+    "metrics_path": "TURNSTILE_METRICS",
+}
 
 
 def with_files(
     options: Mapping[str, Any], *, checkpoint: Path, run_dir: Path, save: bool = False, resumed: bool = False
-) -> dict[str, Any]:
-    """``scheduler.options`` with the files that the user did not name.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """``scheduler.options`` with the files, the user's or ours, and the environment that the engine needs for them.
+
+    The variable of a file that there is not is empty.
 
     Args:
         options: of a policy of ours, under ``KEY``.
@@ -25,10 +38,12 @@ def with_files(
         resumed: the checkpoint's latencies hold those that the user named when the run began.
     """
     own = {name: value for name, value in options[KEY].items() if value is not None}
+    files = {name: os.path.expandvars(own[name]) for name in VARIABLES if name in own}
     known = checkpoint / LATENCIES
-    if known.is_file() and (resumed or "latencies" not in own):
-        own["latencies"] = str(known.resolve())
-    own.setdefault("metrics_path", str((run_dir / NUMBERS).resolve()))
+    if known.is_file() and (resumed or "latencies" not in files):
+        files["latencies"] = str(known.resolve())
+    files.setdefault("metrics_path", str((run_dir / NUMBERS).resolve()))
     if save:
-        own["save_latencies"] = str((run_dir / LATENCIES).resolve())
-    return {**options, KEY: own}
+        files["save_latencies"] = str((run_dir / LATENCIES).resolve())
+    named = own | {name: f"${variable}" for name, variable in VARIABLES.items()}
+    return {**options, KEY: named}, {variable: files.get(name, "") for name, variable in VARIABLES.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,11 +15,15 @@ from rollout.scheduling.policies import POLICIES, STOCK, Policy
 
 KEY = "turnstile"
 CLAIRVOYANT = "clairvoyant"  # a bound, not a policy
+_VARIABLE = re.compile(r"\$\w+|\$\{\w+\}", re.ASCII)
 
 
 @dataclass
 class Options:
-    """General options; every other key goes to the policy's constructor."""
+    """General options; every other key goes to the policy's constructor.
+
+    Paths may hold environment variables (``$NAME``), which are the engine process's; one that comes out empty is none.
+    """
 
     policy: str = "turnstile"
     infer_programs: bool = False  # requests without an id: a prompt that extends a finished request's goes on with it
@@ -38,9 +44,7 @@ class Options:
         values = {name: value for name, value in given.items() if name in own and value is not None}
         for name in ("latencies", "save_latencies", "metrics_path"):
             if name in values:
-                if not isinstance(values[name], str | Path) or not str(values[name]):
-                    raise UserError(f"scheduler options: {name}={values[name]!r} is no path; give the name of a file")
-                values[name] = Path(values[name])
+                values[name] = _path(name, values[name])
         options = cls(**values, settings={name: value for name, value in given.items() if name not in own})
         options._check()
         return options
@@ -86,12 +90,34 @@ class Options:
         port = self.metrics_port
         if port is not None and (not isinstance(port, int) or not _number(port) or not 0 <= port < 1 << 16):
             raise UserError(f"scheduler options: metrics_port={port!r} must be a whole number from 0 to 65535")
-        if self.save_latencies is not None and not self.save_latencies.absolute().parent.is_dir():
-            raise UserError(
-                f"scheduler options: save_latencies={self.save_latencies}: there is no such folder; make it first"
-            )
+        for name in ("save_latencies", "metrics_path"):
+            path = getattr(self, name)
+            if path is not None:
+                _check_writable(f"scheduler options: {name}={path}", path)
         if self.policy in STOCK and self.settings:
             raise UserError(f"scheduler options: {self.policy} is stock and knows no {next(iter(self.settings))!r}")
+
+
+def _path(name: str, value: Any) -> Path | None:
+    """A path with its environment variables put in; None for ``$NAME`` where that is empty."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"scheduler options: {name}={value!r} is no path; give the name of a file")
+    for variable in _VARIABLE.findall(str(value)):
+        if variable.strip("${}") not in os.environ:
+            raise UserError(f"scheduler options: {name}={value}: the engine's environment has no {variable}; set it")
+    expanded = os.path.expandvars(str(value))
+    return Path(expanded) if expanded else None
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """Refuse what the engine would fail on, once it has loaded the model."""
+    folder = path.absolute().parent
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises where a folder above is shut
+        raise UserError(f"{key}: there is no such folder; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"{key}: {folder} cannot be written by this user; give a file elsewhere, as in /tmp")
+    if path.is_dir():
+        raise UserError(f"{key}: is a folder; give a file in it")
 
 
 def _number(value: Any) -> bool:

@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rollout.scheduling.files import LATENCIES, NUMBERS, with_files
+from rollout.scheduling.files import LATENCIES, NUMBERS, VARIABLES, with_files
+from rollout.scheduling.options import Options
+
+NOTHING = {"latencies": None, "metrics_path": None, "save_latencies": None}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "step-2"
-    folder.mkdir()
+    return saved(tmp_path)
+
+
+def saved(run_dir: Path) -> Path:
+    folder = run_dir / "step-2"
+    folder.mkdir(parents=True)
     (folder / LATENCIES).write_text("{}")
     return folder
 
 
-def named(checkpoint: Path, given: dict[str, Any] | None = None, **flags: bool) -> dict[str, Any]:
+def engine(
+    checkpoint: Path, given: dict[str, Any] | None = None, *, run_dir: Path | None = None, **flags: bool
+) -> tuple[dict[str, Any], Options]:
+    """``additional_config``, and the options as the engine's process reads them out of it."""
     options = {"turnstile": {"policy": "plas", **(given or {})}, "other": 1}
-    found = with_files(options, checkpoint=checkpoint, run_dir=checkpoint.parent, **flags)
-    assert found["other"] == 1
+    found, variables = with_files(options, checkpoint=checkpoint, run_dir=run_dir or checkpoint.parent, **flags)
     assert options["turnstile"] == {"policy": "plas", **(given or {})}, "the settings themselves stay as they are"
-    return found["turnstile"]
+    assert found["other"] == 1 and found["turnstile"]["policy"] == "plas"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return found, Options.read(found)
+
+
+def files(checkpoint: Path, given: dict[str, Any] | None = None, **flags: bool) -> dict[str, Path]:
+    """Those that the engine gets."""
+    _, options = engine(checkpoint, given, **flags)
+    return {name: path for name in VARIABLES if (path := getattr(options, name)) is not None}
 
 
 def test_what_lies_beside_the_checkpoint_is_loaded(checkpoint: Path) -> None:
-    nothing = {"latencies": None, "metrics_path": None, "save_latencies": None}
     run_dir = checkpoint.parent
-    expected = {
-        "policy": "plas",
-        "latencies": str(checkpoint / LATENCIES),
-        "metrics_path": str(run_dir / NUMBERS),
-    }
-    assert named(checkpoint) == named(checkpoint, nothing) == expected
-    assert named(checkpoint, nothing, save=True) == {**expected, "save_latencies": str(run_dir / LATENCIES)}
+    expected = {"latencies": checkpoint / LATENCIES, "metrics_path": run_dir / NUMBERS}
+    assert files(checkpoint) == files(checkpoint, NOTHING) == expected
+    assert files(checkpoint, NOTHING, save=True) == {**expected, "save_latencies": run_dir / LATENCIES}
     (checkpoint / LATENCIES).unlink()
-    assert "latencies" not in named(checkpoint)
+    assert "latencies" not in files(checkpoint)
 
 
-def test_the_users_paths_stand(checkpoint: Path) -> None:
+def test_the_users_paths_stand(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"latencies": "mine.json", "metrics_path": "numbers.json", "save_latencies": "kept.json"}
-    assert named(checkpoint, given) == {"policy": "plas", **given}
+    assert files(checkpoint, given) == {name: Path(path) for name, path in given.items()}
+    monkeypatch.setenv("SCRATCH", str(checkpoint))
+    assert files(checkpoint, {"metrics_path": "${SCRATCH}/n.json"})["metrics_path"] == checkpoint / "n.json"
 
 
 def test_a_resumed_run_goes_on_with_its_own_latencies(checkpoint: Path) -> None:
-    assert named(checkpoint, {"latencies": "mine.json"}, resumed=True)["latencies"] == str(checkpoint / LATENCIES)
+    assert files(checkpoint, {"latencies": "mine.json"}, resumed=True)["latencies"] == checkpoint / LATENCIES
     (checkpoint / LATENCIES).unlink()
-    assert named(checkpoint, {"latencies": "mine.json"}, resumed=True)["latencies"] == "mine.json"
+    assert files(checkpoint, {"latencies": "mine.json"}, resumed=True)["latencies"] == Path("mine.json")
 
 
 def test_relative_folders_become_whole(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine core may run elsewhere."""
     monkeypatch.chdir(checkpoint.parent)
-    own = with_files({"turnstile": {}}, checkpoint=Path("step-2"), run_dir=Path("run"))["turnstile"]
-    assert own == {"latencies": str(checkpoint / LATENCIES), "metrics_path": str(checkpoint.parent / "run" / NUMBERS)}
+    Path("run").mkdir()
+    _, options = engine(Path("step-2"), run_dir=Path("run"))
+    assert options.latencies == checkpoint / LATENCIES
+    assert options.metrics_path == checkpoint.parent / "run" / NUMBERS
+
+
+def test_every_run_has_the_same_additional_config(tmp_path: Path) -> None:
+    """vLLM's compile cache is keyed by it: paths in it would compile every start anew."""
+    first, second = saved(tmp_path / "2026-11-22_10-00-00"), saved(tmp_path / "price: 5$ {x}")
+    config, options = engine(first, {"k_own": 1})
+    same, others = engine(second, {"k_own": 1})
+    assert config == same and str(tmp_path) not in json.dumps(config)
+    assert (options.metrics_path, others.metrics_path) == (first.parent / NUMBERS, second.parent / NUMBERS)
+    (second / LATENCIES).unlink()
+    assert engine(second, {"k_own": 1, **NOTHING}, save=True)[0] == config
+    assert engine(second, {"k_own": 1, "latencies": "mine.json"})[0] == config

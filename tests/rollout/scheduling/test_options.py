@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -44,6 +46,14 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"metrics_path": {}}, "metrics_path={}"),
     ({"save_latencies": []}, "save_latencies=[]"),
     ({"save_latencies": "no/such/folder/latencies.json"}, "no such folder"),
+    (
+        {"metrics_path": "no/such/folder/numbers.json"},
+        "metrics_path=no/such/folder/numbers.json: there is no such folder",
+    ),
+    ({"metrics_path": str(Path(__file__).parent)}, "is a folder"),
+    ({"metrics_path": f"{__file__}/numbers.json"}, "no such folder"),
+    ({"latencies": "$TURNSTILE_NEVER_SET"}, "no $TURNSTILE_NEVER_SET"),
+    ({"metrics_path": "/tmp/${TURNSTILE_NEVER_SET}.json"}, "no ${TURNSTILE_NEVER_SET}"),
     ({"policy": "program_cap"}, "needs cap"),
     ({"policy": "program_cap", "cap": 0}, "cap=0"),
     ({"policy": "program_cap", "cap": 1.5}, "cap=1.5"),
@@ -121,6 +131,31 @@ def test_what_is_given_arrives(tmp_path: Path) -> None:
     assert isinstance(policy, ProgramCap) and (policy.cap, policy.idle_limit) == (3, 7)
     never = Options.read({"turnstile": {"policy": "fixed_ttl", "ttl": math.inf}}).build()
     assert isinstance(never, FixedTtl) and never.ttl == math.inf
+
+
+def test_paths_may_hold_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/tmp/$HOME")  # not expanded twice
+    monkeypatch.setenv("NOWHERE", "")
+    given = {"latencies": "${SCRATCH}/a.json", "metrics_path": "$NOWHERE", "save_latencies": None}
+    options = Options.read({"turnstile": given})
+    assert options == Options(latencies=Path("/tmp/$HOME/a.json"))
+
+
+@pytest.mark.parametrize("name", ["metrics_path", "save_latencies"])
+def test_a_folder_that_may_not_be_written_is_refused(name: str) -> None:
+    """/run is one for ordinary users. Root may write everywhere: it plays one here."""
+    user = os.geteuid()
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            with pytest.raises(UserError) as refused:
+                Options.read({"turnstile": {name: f"{folder}/a.json"}})
+        finally:
+            os.seteuid(user)
+    assert f"{name}={folder}/a.json: {folder} cannot be written" in str(refused.value)
+    assert "/tmp" in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
