@@ -1,4 +1,7 @@
-"""python -m benchmarks.keep NAME [FLAGS]: run a benchmark and keep its last line, with date and commit, in results/."""
+"""python -m benchmarks.keep NAME [FLAGS]: run a benchmark and keep its last line, with date and commit, in results/.
+
+Figures of a tree with changes that are not committed, before or while it ran, are kept as ``dirty``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.arms import commit
+from benchmarks.arms import code, commit, uncommitted
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -17,24 +20,25 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m benchmarks.keep NAME [FLAGS]")
     name, *flags = sys.argv[1:]
+    at, ran, dirty = commit(), code(), bool(uncommitted())
     process = subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}", *flags], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = ""
     for line in process.stdout:
         print(line, end="", flush=True)
         last = line if line.strip() else last
-    code = process.wait()
+    status = process.wait()
     try:
         result = json.loads(last)
     except ValueError:
         sys.exit(f"error: benchmark {name} printed no JSON object as its last line; nothing was kept")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-    kept = {"date": now, "commit": commit(), "flags": flags, **result}
+    kept = {"date": now, "commit": at, "dirty": dirty or code() != ran, "flags": flags, **result}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
     table()
     print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
-    sys.exit(code)
+    sys.exit(status)
 
 
 def table() -> None:
@@ -42,7 +46,8 @@ def table() -> None:
     lines = [
         "# Kept figures",
         "",
-        "Written by `python -m benchmarks.keep NAME`. Each file holds the benchmark's last line, its date and commit.",
+        "Written by `python -m benchmarks.keep NAME`. Each file holds the benchmark's last line, its date and commit;",
+        "dirty: the tree had changes that were not committed.",
         "",
         "| benchmark | figure | measured | bar | met | machine | date | commit |",
         "|---|---|---|---|---|---|---|---|",
@@ -51,8 +56,9 @@ def table() -> None:
         kept = json.loads(path.read_text())
         for bar in kept["bars"]:
             value, met = kept["figures"][bar["figure"]], "yes" if bar["met"] else "**no**"
+            made_by = kept["commit"][:9] + (", dirty" if kept.get("dirty") else "")  # older files do not say
             cells = (kept["benchmark"], bar["figure"], f"{value:.4g}", f"{bar['op']} {bar['bound']:g}", met)
-            lines.append(f"| {' | '.join((*cells, kept['machine'], kept['date'][:10], kept['commit'][:9]))} |")
+            lines.append(f"| {' | '.join((*cells, kept['machine'], kept['date'][:10], made_by))} |")
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 
 

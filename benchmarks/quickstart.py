@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import commit
+from benchmarks.arms import code
 from benchmarks.report import Report
 
 QUICK = ["warm_start.steps=20", "steps=2", "evaluation.questions=40"]
@@ -34,7 +34,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     overrides += QUICK if arguments.quick else []
     report = Report("quickstart")
-    out = arguments.out / (commit()[:9] + ("-quick" if arguments.quick else ""))
+    out = arguments.out / (code() + ("-quick" if arguments.quick else ""))
     ours = train(out / "rl", overrides)
     seconds = ours["seconds_by_stage"]
     warm = next((int(x.split("=")[1]) for x in overrides if x.startswith("warm_start.steps=")), 400)

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import STORE, commit
+from benchmarks.arms import STORE, code
 from benchmarks.report import Report
 from benchmarks.step_arms import TIMEOUT_S, build_model, work
 from rollout.errors import UserError, WaitTimeout
@@ -183,7 +183,7 @@ def main() -> None:
         batch, warm, rounds, steps = {"prompts": 4, "samples": 4, "tokens": 8, "warm_start": 0}, 1, 1, 2
         names, threads = ("ours", "trl_generate"), (1,)
     arms = {f"{a}_{t}": {"arm": a, "threads": t, "batch": batch, "warm": warm} for a in names for t in threads}
-    key = hashlib.sha256(json.dumps([arms, steps, commit()]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([arms, steps, code()]).encode()).hexdigest()[:12]
     folder = STORE / "step_vs_trl" / key
     folder.mkdir(parents=True, exist_ok=True)
     kept = measure(arms, rounds, steps, folder, lambda text: report.console.print(f"{text} …", style="dim"))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import STORE, commit
+from benchmarks.arms import STORE, code
 from benchmarks.report import Report
 from rollout.plots import read_jsonl
 
@@ -134,7 +134,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     quick, seeds = arguments.quick, 1 if arguments.quick else arguments.seeds
     report = Report("tppo_vs_ppo")
-    root = STORE / "tppo_vs_ppo" / (commit()[:12] + ("-quick" if quick else ""))
+    root = STORE / "tppo_vs_ppo" / (code() + ("-quick" if quick else ""))
     off = [f"evaluation.{name}=false" for name in ("before", "after")]
     report.console.print("warm start …", style="dim")
     short = ["warm_start.steps=20", "steps=1", "batch.prompts=4"] if quick else ["steps=1", "batch.prompts=4"]
