@@ -174,6 +174,8 @@ def test_who_sleeps_too_long_gives_up_the_place() -> None:
         lambda: Turnstile(express_after=-1.0),
         lambda: Turnstile(express_share=1.5),
         lambda: Turnstile(calm=math.nan),
+        lambda: Turnstile(forsaken=0.5),
+        lambda: Turnstile(patience=0.0),
     ],
 )
 def test_impossible_settings_are_refused(make: Any) -> None:
@@ -453,7 +455,8 @@ def test_turnstiles_victims_are_those_of_the_study(
     world.load.youngest = turn.job.number + youngest
     turn.express = kind == "express"
     turn.claim = world.pin() if kind == "resident" else None
-    ours = list(rule().victims(turn, kind == "running", pins, world.load))
+    endless = rule(forsaken=math.inf)  # the study bounds nothing
+    ours = list(endless.victims(turn, kind == "running", pins, world.load))
     theirs = study(turn, kind == "running", pins, world.load)
 
     def order(victims: list[Pin]) -> list[Any]:
@@ -461,6 +464,44 @@ def test_turnstiles_victims_are_those_of_the_study(
         return [v.program.id if not v.program.waiting and v.rank < math.inf else None for v in victims]
 
     assert set(ours) == set(theirs) and order(ours) == order(theirs)
+
+
+# ---- bounds on what retention may cost others
+
+
+def test_kv_idle_far_past_its_break_even_is_anybodys() -> None:
+    world, policy = World(), rule(k=1.0, forsaken=4.0)
+    world.load.now, world.load.idle = 100.0, False
+    dead, late = world.pin(idle=4.1), world.pin(idle=3.9)
+    newcomer = world.arrive()
+    assert list(policy.victims(newcomer, False, [dead, late], world.load)) == [dead], "both are of older jobs"
+
+
+def test_the_oldest_that_waited_too_long_goes_first_and_may_take_any_pin_one_at_a_time() -> None:
+    world, policy = World(), rule(patience=60.0, express_share=0.0, forsaken=math.inf)
+    policy.pressed = True
+    world.load.idle = False
+    pins = [world.pin(), world.pin(waits=True)]
+    starved, next_one, resident = world.arrive(), world.arrive(), world.arrive()
+    resident.claim = world.pin()
+    for turn in (starved, next_one, resident):
+        policy.arrived(turn)
+
+    def at(now: float) -> list[str]:
+        world.load.now = world.load.short = now
+        policy.promote(world.load)
+        return names(policy, starved, next_one, resident)
+
+    ids = [turn.request_id for turn in (starved, next_one, resident)]
+    assert at(0.0) == at(59.0) == [ids[2], ids[0], ids[1]]
+    assert not list(policy.victims(starved, False, pins, world.load))
+    assert at(60.5) == [ids[0], ids[2], ids[1]]
+    assert list(policy.victims(starved, False, pins, world.load)) == pins, "those that are waited for come last"
+    world.programs.admit(starved, 60.5)
+    at(62.0)
+    assert names(policy, next_one, resident) == [ids[2], ids[1]], "the next one's wait as the oldest begins only now"
+    at(123.0)
+    assert names(policy, next_one, resident) == [ids[1], ids[2]]
 
 
 # ---- the express lane
