@@ -16,7 +16,7 @@ from training.config import OptimizerConfig, ValueModelConfig
 from training.head import respects_boundaries
 from training.losses import value_loss
 from training.packing import MicroBatch, TrainSequence, pack
-from training.values import HeadlessProbe, check_tokenizer, load_value_model
+from training.values import HeadlessProbe, check_tokenizer, load_value_model, whole_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,11 +97,8 @@ class Critic:
         batches = self._padded(micro_batches, most)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with (
-                self.accelerator.no_sync(self.wrapped)
-                if not last and not self.is_deepspeed
-                else contextlib.nullcontext()
-            ):
+            waits = not last and not self.is_deepspeed
+            with self.accelerator.no_sync(self.wrapped) if waits else contextlib.nullcontext():
                 batch = batch.to(self.accelerator.device)
                 returns, weights = batch.own(batch.returns), batch.own(batch.weights)
                 values = self._values(self.wrapped, batch)
@@ -128,7 +125,7 @@ class Critic:
     def save(self, folder: Path) -> None:
         """``folder/critic``: what ``AutoModelForTokenClassification`` loads, with optimizer and schedule beside it."""
         target = folder / FOLDER
-        weights = self.accelerator.get_state_dict(self.wrapped) if self.is_deepspeed else None
+        weights = whole_weights(self.model)
         if self.is_deepspeed:
             self.wrapped.save_checkpoint(str(target / "deepspeed"), tag="state", client_state={"steps": self.steps})
         if not self.accelerator.is_main_process:
