@@ -7,6 +7,11 @@ and chunked prefill on. Every run has an engine of its own, warmed up before it 
 thread. Arms take turns: each seed is played by all of them, in an order that rotates, with the same tokens, lengths,
 arrivals and tools. A run is stored as it ends, and a benchmark that was stopped goes on from there.
 
+Clients name their session and tell the scheduler nothing else, in every arm of ours. The model's outputs would be
+noise; they are held to the marker of a tool call, or in a program's last turn to a word, which the plug-in reads off
+the tokens as it would on a server. So a program's end shows in its last answer alone: its KV stays until it is idle
+past its break-even, or wanted. ``--full`` adds ``turnstile_hints``, whose clients also name the tool and the last turn.
+
 Job time is from the arrival of a program to its last token, delay is job time less its tools. Recomputed are prompt
 tokens that the same program had had computed before, from vLLM's own count of cached tokens; "all again" counts what
 preemptions cost too, from the scheduler's outputs. The best cap of ``program_cap`` is chosen after the fact.
@@ -27,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arms import STORE, commit
+from benchmarks.arms import STORE, code
 from benchmarks.kv_ttl_arms import (
     BIG,
     PINNED,
@@ -55,6 +60,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 MORE_ARMS: dict[str, dict[str, Any] | None] = {  # of --full
     **{f"program_cap_{n}": {"policy": "program_cap", "cap": n} for n in (2, 5)},
     **{name: {"policy": name} for name in ("continuum", "fixed_ttl", "pin_to_pressure")},
+    "turnstile_hints": {"policy": "turnstile"},
 }
 SEEDS, PAIRS = 3, 5
 SHARES = (0.25, 0.5, 1.0, 2.0)  # pool ÷ working set
@@ -76,6 +82,10 @@ class Run:
     case: Case
     blocks: int
     share: float | None = None
+
+    @property
+    def hints(self) -> bool:
+        return self.arm.endswith("_hints")
 
     @property
     def name(self) -> str:
@@ -103,7 +113,7 @@ def _rotated(arms: Sequence[str], by: int) -> list[str]:
 
 def play_all(runs: Sequence[Run], shape: dict[str, Any], note: Callable[[str], None]) -> tuple[dict[Run, Played], int]:
     """What each run gave, and the parameters of the model. Runs that a stopped benchmark left are read back."""
-    text = json.dumps([[asdict(run) for run in runs], ARMS, MORE_ARMS, shape, commit()])
+    text = json.dumps([[asdict(run) for run in runs], ARMS, MORE_ARMS, shape, code()])
     folder = STORE / "kv_ttl" / hashlib.sha256(text.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     played: dict[Run, Played] = {}
@@ -117,7 +127,7 @@ def play_all(runs: Sequence[Run], shape: dict[str, Any], note: Callable[[str], N
                 note(f"{number} of {len(runs)}: {run.name} …")
                 with stderr_to(log):
                     engine = RealEngine(Path(scratch), run.blocks, (ARMS | MORE_ARMS)[run.arm])
-                result = play(engine, workload(run.case, run.seed), run.seed)
+                result = play(engine, workload(run.case, run.seed), run.seed, hints=run.hints)
                 engine.close()
                 path.write_text(json.dumps(result))
             played[run] = json.loads(path.read_text())
@@ -260,7 +270,7 @@ def draw(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three programs on a tiny model, no bars")
-    parser.add_argument("--full", action="store_true", help="more caps, and Continuum's and simpler retention")
+    parser.add_argument("--full", action="store_true", help="more caps, other retention, and ours with hints")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="paired runs at each point of the curve")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write the pictures there")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from rollout.scheduling.workloads import Session, Turn, Workload
 
 BLOCK = 32  # tokens
 VOCAB, FIRST_TOKEN = 8192, 8  # ids below the first are special
+CALL, ANSWER = 3, FIRST_TOKEN  # what an output consists of: <tool_call>, which opens a call, or a word
 MAX_MODEL_LEN = 4096
 BATCH: dict[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}  # what stock vLLM serves with on CPU
 BIG: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}  # 31.5M parameters
@@ -83,9 +84,14 @@ def pool_blocks(load: Workload, share: float) -> int:
 
 
 def build_model(folder: Path, shape: dict[str, Any]) -> int:
-    """Write a Qwen3 of random weights; gives its parameters."""
+    """Write a Qwen3 of random weights with a tokenizer of a word for each id; gives its parameters."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = {"<tool_call>" if i == CALL else f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
     heads = shape["hidden_size"] // 64
     config = Qwen3Config(
@@ -139,7 +145,6 @@ class RealEngine:
             ours["additional_config"] = {"turnstile": options}
         arguments = EngineArgs(
             model=str(model_dir),
-            skip_tokenizer_init=True,
             generation_config="vllm",
             dtype="float32",
             max_model_len=min(MAX_MODEL_LEN, (blocks - 1) * BLOCK),
@@ -163,8 +168,10 @@ class RealEngine:
         self._ended: float | None = None  # of the step before, if requests were left
         self._warm_up(blocks)
 
-    def add(self, name: str, tokens: list[int], outputs: int, session: str | None, extra: dict[str, Any]) -> str:
-        """Send a request; gives vLLM's own id of it."""
+    def add(
+        self, name: str, tokens: list[int], outputs: int, word: int, session: str | None, extra: dict[str, Any]
+    ) -> str:
+        """Send a request whose output is so many times ``word``; gives vLLM's own id of it."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -172,6 +179,7 @@ class RealEngine:
             max_tokens=outputs,
             ignore_eos=True,
             temperature=0.0,
+            allowed_token_ids=[word],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=extra or None,
@@ -217,7 +225,7 @@ class RealEngine:
         length = min(900, (blocks - 4) * BLOCK // 3)
         for batch in range(2):
             for i in range(3):
-                self.add(f"warm{batch}-{i}", [FIRST_TOKEN + i] * (length * (8 - i) // 8), 12, None, {})
+                self.add(f"warm{batch}-{i}", [FIRST_TOKEN + i] * (length * (8 - i) // 8), 12, ANSWER, None, {})
             while self.busy:
                 self.step()
         assert self.engine.reset_prefix_cache()
@@ -225,8 +233,12 @@ class RealEngine:
         self.computed = self.preemptions = 0
 
 
-def play(engine: RealEngine, load: Workload, seed: int) -> dict[str, Any]:
-    """Play the sessions with real waiting. Times are seconds since the start; a tool begins when its turn came back."""
+def play(engine: RealEngine, load: Workload, seed: int, *, hints: bool = False) -> dict[str, Any]:
+    """Play the sessions with real waiting. Times are seconds since the start; a tool begins when its turn came back.
+
+    Clients name their session. That a tool was called, or that an answer is the last, is for the scheduler to read in
+    the output. ``hints``: they also say which tool's result they bring, and which turn is their last.
+    """
     clients = [Client(i, session) for i, session in enumerate(load.sessions)]
     rngs = [np.random.default_rng([seed, i, 1]) for i in range(len(clients))]
     due = [(session.arrival or 0.0, i) for i, session in enumerate(load.sessions)]
@@ -256,13 +268,18 @@ def play(engine: RealEngine, load: Workload, seed: int) -> dict[str, Any]:
         client.turn += 1
         turn, last = client.session.turns[client.turn], client.turn + 1 == len(client.session.turns)
         client.tokens += rngs[client.index].integers(FIRST_TOKEN, VOCAB, turn.prompt).tolist()
-        extra = ({"tool": TOOL} if client.turn else {}) | ({"last_turn": True} if last else {})
+        extra: dict[str, Any] = {"tool": TOOL} if hints and client.turn else {}
+        if hints and last:
+            extra["last_turn"] = True
         if client.turn:
             become(client, "waiting", when)
         else:
             client.since = when
         name = f"{client.index}-{client.turn}"
-        live[name] = client, engine.add(name, client.tokens, turn.output, str(client.index), extra)
+        live[name] = (
+            client,
+            engine.add(name, client.tokens, turn.output, ANSWER if last else CALL, str(client.index), extra),
+        )
 
     while due or live:
         while due and due[0][0] <= clock():
@@ -292,6 +309,8 @@ def play(engine: RealEngine, load: Workload, seed: int) -> dict[str, Any]:
             else:
                 intervals.append((client.index, client.state, client.since, after))
         note_pins(after)
+    if hasattr(engine.scheduler, "counters"):  # ours read off the outputs where jobs end
+        assert engine.scheduler.counters.jobs == len(clients)
     needed = sum(session.tokens - 1 for session in load.sessions)  # nobody reads the last token's KV
     return {
         "arrivals": [session.arrival for session in load.sessions],

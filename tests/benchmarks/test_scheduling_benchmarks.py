@@ -128,7 +128,7 @@ def test_what_was_played_is_not_played_again(tmp_path: Path, monkeypatch: pytest
         def close(self) -> None:
             pass
 
-    def play(engine: Engine, load: Any, seed: int) -> dict[str, Any]:
+    def play(engine: Engine, load: Any, seed: int, hints: bool) -> dict[str, Any]:
         if engine.policy == "turnstile" and "stop" not in played:
             played.append("stop")
             raise KeyboardInterrupt
