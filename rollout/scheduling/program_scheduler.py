@@ -81,6 +81,8 @@ class ProgramMixin(Scheduler):
                 self._activate()
             if self.active:
                 self._arrive(request, name)
+        else:
+            self._continue(request)
         super().add_request(request)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -139,6 +141,13 @@ class ProgramMixin(Scheduler):
             self.counters.preemptions += 1
         super()._preempt_request(request, timestamp, drop_stale_output)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        finished = super()._handle_stopped_request(request)
+        turn = self.programs.turns.get(request.request_id)
+        if not finished and turn is not None and turn.running:  # its client streams the prompt, and goes on
+            self.programs.set_aside(turn, self.load.now)
+        return finished
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         turn = self.programs.turns.get(request.request_id)
         if turn is not None:
@@ -188,6 +197,15 @@ class ProgramMixin(Scheduler):
             request.arrival_time = float(turn.job.number)  # vLLM preempts the last by (priority, arrival)
         self._claim(turn, request)
         self.rule.arrived(turn)
+
+    def _continue(self, request: Request) -> None:
+        """The next words of a turn whose prompt its client streams: from here on the turn waits for the engine."""
+        turn, known = self.programs.turns.get(request.request_id), self.requests[request.request_id]
+        if turn is not None:
+            if known.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+                turn.since = self.programs.clock(self.clock())
+            if self.policy == SchedulingPolicy.PRIORITY:
+                request.arrival_time = float(turn.job.number)  # vLLM takes it over
 
     def _claim(self, turn: Turn, request: Request) -> None:
         """Find the KV that was kept for this turn, and how much of its prompt was computed before."""
@@ -294,16 +312,18 @@ class ProgramMixin(Scheduler):
             self.load.short = self.load.now
         if blocks is not None and not turn.running and request.status in WAITING:
             self._admitted(turn, request, kwargs.get("num_new_computed_tokens", 0))
+            if kwargs.get("delay_cache_blocks"):  # it holds memory, and runs once a KV connector has filled it
+                self.programs.set_aside(turn, self.load.now)
         return blocks
 
     def _release_for(self, turn: Turn, request: Request, tokens: int, kwargs: dict[str, Any]) -> KVCacheBlocks | None:
         """Release pins in the policy's order until the allocation succeeds; none at all if all of them are too few."""
-        load = self.load
+        load, running = self.load, request.status == RequestStatus.RUNNING
         load.idle = not self.running
-        if turn.running:
+        if running:
             load.youngest = max(self.programs.turns[r.request_id].job.number for r in self.running)
-        victims = self._victims(turn)
-        if not turn.running and not load.idle:
+        victims = self._victims(turn, running)
+        if not running and not load.idle:
             hits = kwargs.get("num_new_computed_tokens", 0)
             missing = (
                 -(-(request.num_tokens - hits) // self.block_size)
@@ -319,7 +339,7 @@ class ProgramMixin(Scheduler):
                 return blocks
         return None
 
-    def _victims(self, turn: Turn) -> list[Pin]:
+    def _victims(self, turn: Turn, running: bool) -> list[Pin]:
         """The pins that may go for ``turn``, first to go first."""
         pins = [pin for pin in self.pins if pin is not turn.claim]
         lower: list[Pin] = []
@@ -327,7 +347,7 @@ class ProgramMixin(Scheduler):
             lower = [pin for pin in pins if pin.priority > turn.priority]
             lower.sort(key=lambda pin: (pin.priority, pin.rank), reverse=True)
             pins = [pin for pin in pins if pin.priority <= turn.priority]
-        victims = [*lower, *self.rule.victims(turn, turn.running, pins, self.load)]
+        victims = [*lower, *self.rule.victims(turn, running, pins, self.load)]
         if self.load.idle and turn.claim is not None and turn.resident:
             victims.append(turn.claim)  # at last its own: the answer in it may have been written anew, and never hits
         return victims

@@ -118,7 +118,7 @@ class Turn:
     since: float = 0.0  # when it last began to wait
     express: bool = False
     last: bool = False
-    running: bool = False
+    running: bool = False  # in the running batch, as vLLM has it
     admitted: float | None = None  # when it last began to run
     known: int = 0  # tokens of its prompt that the program had computed before
     claim: Pin | None = None  # the KV kept for it
@@ -188,13 +188,17 @@ class Programs:
         return waited
 
     def preempt(self, turn: Turn, now: float) -> None:
+        self.set_aside(turn, now)
+        turn.job.preempted += 1
+
+    def set_aside(self, turn: Turn, now: float) -> None:
+        """The turn runs no more, or not yet: preempted, or it keeps its memory and waits for KV or its client."""
         now = self.clock(now)
         assert turn.admitted is not None
         turn.running, turn.since = False, now
         turn.program.served += now - turn.admitted
         turn.program.running -= 1
         turn.program.waiting += 1
-        turn.job.preempted += 1
 
     def finish(self, turn: Turn, now: float, *, tool: str | None, aborted: bool) -> None:
         """A turn left the engine. ``tool`` is what it called; with None the job is over."""

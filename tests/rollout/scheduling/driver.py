@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from vllm import SamplingParams
+from vllm.config import KVTransferConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from rollout.scheduling.offload_tier import OffloadTier
 from rollout.scheduling.virtual_engine import EOS, FIRST_TOKEN, build_scheduler
 from rollout.scheduling.vllm_plugin import program_scheduler
 
@@ -57,10 +59,11 @@ def build(
     watermark: float = 0.0,
     groups: Sequence[Any] = (),
     tokenizer: Any = None,
+    remote: bool = False,
     factory: Any = FACTORY,
 ) -> Any:
     """A scheduler with the plug-in's ``options``; None is vLLM's own. ``by``: vLLM's scheduling policy. ``groups``:
-    KV cache specs, for more than one group."""
+    KV cache specs, for more than one group. ``remote``: with a connector, see ``RemoteStore``."""
     parts = dict(_parts(num_blocks, block_size, seqs, budget))
     config = parts["vllm_config"] = copy.copy(parts["vllm_config"])
     config.additional_config = {} if options is None else {"turnstile": options}
@@ -75,6 +78,13 @@ def build(
         config.cache_config.mamba_cache_mode = "align"  # read where there is a Mamba group
         named = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(groups)]
         parts["kv_cache_config"] = KVCacheConfig(num_blocks, [], named)
+    if remote:
+        config.kv_transfer_config = KVTransferConfig(
+            kv_connector="RemoteStore",
+            kv_connector_module_path=__name__,
+            kv_role="kv_consumer",
+            kv_connector_extra_config={"blocks": 0},
+        )
     if tokenizer is not None:
         parts["structured_output_manager"] = copy.copy(parts["structured_output_manager"])
         parts["structured_output_manager"].tokenizer = tokenizer
@@ -87,6 +97,15 @@ def attention(**window: Any) -> Any:
     """The spec of a group with full attention, or with ``sliding_window=…`` tokens of it."""
     kind: Any = SlidingWindowSpec if window else FullAttentionSpec
     return kind(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32, **window)
+
+
+class RemoteStore(OffloadTier):
+    """The first ``extra_args["kv_transfer_params"]["remote"]`` tokens of a prompt lie elsewhere; they take their time
+    to come, and while they do the request holds memory and waits."""
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        there = (request.kv_transfer_params or {}).get("remote", 0)
+        return max(there - num_computed_tokens, 0), there > num_computed_tokens
 
 
 def request(
@@ -126,6 +145,7 @@ class Driver:
         self.live: dict[str, Request] = {}
         self.answers: dict[str, list[int]] = {}
         self.finished: dict[str, RequestStatus] = {}
+        self.came: set[str] = set()  # whose remote KV is there: told with the next batch
         self._flying: deque[tuple[Any, dict[str, int]]] = deque()
         if hasattr(scheduler, "clock"):
             scheduler.clock = lambda: self.now
@@ -162,7 +182,11 @@ class Driver:
             answer = self.answers[name]
             sampled.append([answer[min(places[name], len(answer) - 1)]] if name in places else [])
         index = {name: i for i, name in enumerate(names)}
-        result = self.scheduler.update_from_output(output, ModelRunnerOutput(names, index, sampled))
+        came = KVConnectorOutput(finished_recving=self.came) if self.came else None
+        self.came = set()
+        result = self.scheduler.update_from_output(
+            output, ModelRunnerOutput(names, index, sampled, kv_connector_output=came)
+        )
         self._collect()
         return result
 
@@ -220,6 +244,7 @@ def check(scheduler: Any) -> None:
     held: Counter[int] = Counter()
     for single in manager.coordinator.single_type_managers:
         held.update(b.block_id for blocks in single.req_to_blocks.values() for b in blocks if not b.is_null)
+    held.update(block.block_id for _, blocks in scheduler.deferred_frees for block in blocks if not block.is_null)
     pinned: Counter[int] = Counter()
     for pin in scheduler.pins:
         assert len({block.block_id for block in pin.blocks}) == len(pin.blocks)
@@ -243,7 +268,7 @@ def check(scheduler: Any) -> None:
     assert sum(program.running for program in programs) == sum(turn.running for turn in turns.values())
     assert all(program.waiting >= 0 and program.running >= 0 for program in programs)
     if scheduler.active:
-        assert turns.keys() == scheduler.requests.keys()
+        assert turns.keys() == {name for name, made in scheduler.requests.items() if not made.is_finished()}
         assert {name for name, turn in turns.items() if turn.running} == {r.request_id for r in scheduler.running}
     count = scheduler.counters
     gone = count.claims + count.expiries + count.pressure_releases + count.drops.total()
