@@ -381,7 +381,7 @@ class TrainingConfig:
     critic: Any = None
     correction: Any = MISSING
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
-    window: Any = field(default_factory=CompleteConfig)
+    window: Any = MISSING
     selection: Any = MISSING
     reward: Any = MISSING
     max_staleness: int = 0

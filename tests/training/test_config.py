@@ -26,7 +26,7 @@ REFUSED = {
     "limits.max_new_tokens=512": "limits.max_new_tokens: 512 leaves no room for a prompt in engine.max_model_len=512",
     "max_staleness=2": "max_staleness: 2: 1, one step off the policy, is built for window=complete",
     "max_staleness=1": "correction: max_staleness=1 trains on an older policy's episodes; add correction=tis",
-    "algorithm=ppo max_staleness=1 window=truncated": "max_staleness: 1: 1, one step off .*window=complete; others are",
+    "algorithm=tppo max_staleness=1": "max_staleness: 1: 1, one step off .*window=complete; others are",
     "algorithm=tppo window.length=129": "window.length: 129 is larger than limits.max_new_tokens=128; lower it, or",
     "algorithm=tppo window.length=0": "window.length: 0 must be at least 1",
     "algorithm=tppo window.length=10 window.max_windows=13": "window.max_windows: 13 drops every episode .* need 14",
