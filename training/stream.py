@@ -229,18 +229,26 @@ def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
 def round_metrics(played: Round) -> dict[str, float]:
     """What a round of rollouts was like, over all episodes that ended in it, also those that selection gave up.
 
-    ``effective_gradient_ratio`` is the share of rollouts in groups whose rewards vary (arXiv 2509.25849).
+    Means over episodes are left out where none has ended. ``effective_gradient_ratio`` is the share of rollouts in
+    groups whose rewards vary (arXiv 2509.25849).
     """
     seen = played.seen
     episodes = [episode for group in seen for episode in group.episodes]
-    n = max(len(episodes), 1)
-    varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
-    turns = [turn for episode in episodes for turn in episode.turns]
     metrics = {
-        "reward": sum(e.reward for e in episodes) / n,
-        "success": sum(e.success for e in episodes) / n,
         "rollout/episodes": float(len(episodes)),
         "rollout/tokens": float(played.tokens),
+        "rollout/groups": float(len(seen)),
+        "rollout/groups_kept": float(len(played.kept)),
+    }
+    metrics |= played.metrics | {f"dropped/{cause}": float(count) for cause, count in played.drops.items()}
+    if not episodes:
+        return metrics
+    n = len(episodes)
+    varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
+    turns = [turn for episode in episodes for turn in episode.turns]
+    metrics |= {
+        "reward": sum(e.reward for e in episodes) / n,
+        "success": sum(e.success for e in episodes) / n,
         "rollout/tokens_per_episode": sum(e.own_tokens for e in episodes) / n,
         "rollout/turns": len(turns) / n,
         "rollout/tool_calls": sum(len(e.tool_results) for e in episodes) / n,
@@ -248,11 +256,8 @@ def round_metrics(played: Round) -> dict[str, float]:
         "rollout/thinking": sum(any(turn.thought for turn in e.turns) for e in episodes) / n,
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),
         "rollout/truncated": sum(e.status == "truncated" for e in episodes) / n,
-        "rollout/groups": float(len(seen)),
-        "rollout/groups_kept": float(len(played.kept)),
         "effective_gradient_ratio": sum(len(group.episodes) for group in varied) / n,
     }
-    metrics |= played.metrics | {f"dropped/{cause}": float(count) for cause, count in played.drops.items()}
     for name in sorted({name for episode in episodes for name in episode.rewards}):
         metrics[f"reward/{name}"] = sum(episode.rewards.get(name, 0.0) for episode in episodes) / n
     return metrics

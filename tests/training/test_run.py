@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -72,6 +73,32 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     assert summary["seconds_by_stage"].keys() == {"warm_start", "engine_start", "evaluation", "training"}
     evaluations = json.loads((finished / "stages.json").read_text())["evaluations"]
     assert [e["step"] for e in evaluations] == [0, 2, 4]
+
+
+EXACT = ["correction=tis", "anchor=recomputed"]
+WAYS = {
+    "ppo": ["algorithm=ppo", "batch.minibatches=2", "batch.epochs=2"],
+    "tppo": ["algorithm=tppo", "window.length=5", "engine.keep_cache=true"],
+    "partial": ["algorithm=ppo", "window=truncated", "window.length=5", *EXACT],
+    "groups of windows": ["window=truncated", "window.length=5", *EXACT],
+    "one step off": ["max_staleness=1", *EXACT],
+    "over-provisioned": ["window=over_provisioned"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: Path) -> None:
+    critic = ["critic.warmup_rounds=2", "critic.optimizer.learning_rate=0.01"] if "algorithm" in WAYS[way][0] else []
+    # Groups of two, so that a group may end in two windows.
+    settings = [*SMALL, *WAYS[way], *critic, "budget.samples=2", "checkpoint.every=2", f"run_dir={tmp_path / 'run'}"]
+    for steps in (4, 8):
+        code, text = run([*settings, f"steps={steps}", f"resume={str(steps > 4).lower()}"], tmp_path / "log")
+        assert code == 0, text[-3000:]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert max(row.get("policy/tokens", 0.0) for row in rows) > 0
+    assert (tmp_path / "run" / "checkpoints" / "step-8" / "critic").exists() == bool(critic)
 
 
 def test_the_scheduler_kept_its_numbers_and_latencies_travel(finished: Path) -> None:
