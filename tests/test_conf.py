@@ -16,6 +16,7 @@ from rollout.hydra import conf_dir
 from rollout.scheduling import config as scheduling_config
 from serving import config as serving_config
 from training import config as training_config
+from training.members import RlooConfig
 
 CONF = Path(conf_dir())
 ROOTS = sorted(file.stem for file in CONF.glob("*.yaml"))
@@ -147,7 +148,7 @@ def test_a_loss_that_is_chosen_keeps_its_own_numbers(experiment):
         if name != "clip":
             assert composed("training", *experiment, f"loss={name}").loss == schema()
     assert composed("training", "algorithm=dapo").loss.clip_high == 0.28
-    assert composed("training", "algorithm=dr_grpo", "advantage=rloo").advantage == training_config.RlooConfig()
+    assert composed("training", "algorithm=dr_grpo", "advantage=rloo").advantage == RlooConfig()
 
 
 @pytest.mark.parametrize("name", [x.partition("/")[2] for x in MEMBERS if x.startswith("scheduler/")])

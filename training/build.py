@@ -24,10 +24,11 @@ from rollout.tasks import Task
 from rollout.weights import Probe, bound_for, model_logprobs, sync
 from rollout.window import Window
 from training import checkpoint, journal
-from training.config import EgaeConfig, TrainingConfig, TruncatedConfig, ValueModelConfig
+from training.config import TrainingConfig
 from training.critic import Critic, make_critic
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
+from training.members import EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
@@ -256,15 +257,13 @@ def make_value_model(
     """The run's critic, if it has one."""
     if cfg.critic is None:
         return None
-    c: ValueModelConfig = cfg.critic
-    rounds = -(-cfg.steps // (cfg.batch.epochs * cfg.batch.minibatches))
     return make_critic(
-        c,
+        cfg.critic,
         policy,
         trainer.processing_class,
         trainer.args,
         trainer.accelerator,
-        total_steps=(c.warmup_rounds * c.warmup_epochs + rounds * c.epochs) * c.minibatches,
+        total_steps=cfg.critic.steps(math.ceil(cfg.steps / (cfg.batch.epochs * cfg.batch.minibatches))),
         attention=cfg.model.attention,
         resume=resume,
     )

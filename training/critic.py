@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from rollout.errors import UserError
-from training.config import OptimizerConfig, ValueModelConfig
 from training.head import respects_boundaries
 from training.losses import value_loss
+from training.members import OptimizerConfig, ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack
 from training.values import HeadlessProbe, check_tokenizer, load_value_model, whole_weights
 

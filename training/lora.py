@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.weights import named_weights
-from training.config import LoraConfig
+from training.members import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from rollout.buffer import Group
 from rollout.episode import Episode
 from training.advantages import Estimate
 from training.aggregation import token_weights
-from training.config import BatchConfig, ValueModelConfig
+from training.members import BatchConfig, ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack, unpack
 from training.rollouts import Rollouts, Round
 

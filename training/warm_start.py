@@ -13,8 +13,8 @@ import torch
 from rollout.chat import Chat
 from rollout.errors import UserError
 from rollout.tasks import Demonstration
-from training.config import SftConfig
 from training.head import attach_head, token_logprobs
+from training.members import SftConfig
 from training.packing import MicroBatch, TrainSequence, pack
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.errors import UserError
-from training.config import OptimizerConfig, ValueModelConfig
 from training.critic import Critic, adamw, deepspeed_settings, make_critic
+from training.members import OptimizerConfig, ValueModelConfig
 from training.models import build_tiny, load_tokenizer
 from training.packing import TrainSequence, pack, unpack
 from training.values import HeadlessProbe, load_value_model

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.launch import context
-from training.config import OptimizerConfig, ValueModelConfig
 from training.critic import Critic, make_critic
+from training.members import OptimizerConfig, ValueModelConfig
 from training.models import build_tiny, load_policy
 from training.packing import MicroBatch, TrainSequence, pack
 from training.values import load_value_model

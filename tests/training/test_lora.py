@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from training.checkpoint import save_policy
-from training.config import LoraConfig
 from training.lora import add_adapter, base_model, merged_weights
+from training.members import LoraConfig
 from training.models import build_tiny, load_policy
 
 

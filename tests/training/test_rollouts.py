@@ -35,7 +35,7 @@ from tests.rollout import taught
 from tests.rollout.clockwork import Rig, calls, rig, words
 from training.advantages import Egae, Group
 from training.budgets import Uniform
-from training.config import BatchConfig, ValueModelConfig
+from training.members import BatchConfig, ValueModelConfig
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
@@ -150,7 +150,7 @@ def contents(past: Round) -> tuple[Any, ...]:
 # ---- which episodes, and when
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(episodes(), st.integers(2, 12), st.integers(1, 5), st.integers(1, 3))
 def test_a_group_is_trained_once_when_its_last_member_has_finished(
     script: list[list[list[int]]], length: int, slots: int, samples: int
@@ -175,7 +175,7 @@ def test_a_group_is_trained_once_when_its_last_member_has_finished(
         assert past.metrics == {"rollout/unfinished": float(len(p.windows[-1].unfinished))}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(episodes(), st.integers(1, 12), st.integers(1, 5))
 def test_unfinished_episodes_bring_what_is_new_and_rewards_come_at_the_end(
     script: list[list[list[int]]], length: int, slots: int
@@ -231,6 +231,16 @@ def test_each_own_token_trains_the_policy_once_in_its_window_and_the_critic_when
 
 def logprobs(micro_batches: list[MicroBatch]) -> list[float]:
     return [float(x) for batch in micro_batches for x in batch.own(batch.behaviour_logprobs)]
+
+
+def test_who_only_waited_brings_nothing_new() -> None:
+    script: Script = lambda program, turn: [calls(9), words(4)][turn] if program.endswith("/1") else words(100)  # noqa: E731
+    with played(script, 4, 2, unfinished=True) as p:
+        kept = [[e for g in p.rollouts.play(version).kept for e in members(g)] for version in range(4)]
+        visit = first_visits(1)[0]
+        both, one = [f"{visit}/0", f"{visit}/1"], [f"{visit}/0"]
+        assert kept == [both, both, one, one], "it calls in tick 8, and has its answer in tick 17"
+        assert members(p.rollouts.play(4).kept[0]) == both
 
 
 def test_a_group_completes_without_those_that_were_too_old() -> None:
@@ -310,7 +320,7 @@ def test_a_dead_engine_ends_the_run(unfinished: bool) -> None:
 # ---- taken up again
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=25)
 @given(
     st.booleans(),
     episodes(),
@@ -318,11 +328,12 @@ def test_a_dead_engine_ends_the_run(unfinished: bool) -> None:
     st.integers(1, 5),
     st.integers(1, 3),
     st.integers(1, 3),
+    st.integers(3, 6),
 )
 def test_in_lockstep_rollouts_taken_up_go_on_as_they_would_have(
-    unfinished: bool, script: list[list[list[int]]], length: int, slots: int, before: int, after: int
+    unfinished: bool, script: list[list[list[int]]], length: int, slots: int, before: int, after: int, max_age: int
 ) -> None:
-    options = {"unfinished": unfinished, "lockstep": True}
+    options = {"unfinished": unfinished, "lockstep": True, "max_age": max_age}
     with (
         played(scripted(script), length, slots, **options) as whole,
         played(scripted(script), length, slots, **options) as later,

@@ -23,7 +23,7 @@ from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool
 from training.advantages import Group
 from training.budgets import Uniform
-from training.config import BatchConfig
+from training.members import BatchConfig
 from training.packing import unpack
 from training.prompts import PromptOrder
 from training.rewards import TaskReward

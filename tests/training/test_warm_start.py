@@ -12,8 +12,8 @@ from rollout.chat import Chat, tool_call
 from rollout.errors import UserError
 from rollout.tasks import Demonstration
 from rollout.tools.calculator import calculator
-from training.config import SftConfig
 from training.head import attach_head
+from training.members import SftConfig
 from training.models import build_tiny, load_policy
 from training.warm_start import collate, tokenised, warm_start, weighted_loss
 

@@ -1,0 +1,354 @@
+"""Typed settings of the parts of a run: a dataclass for every member of every axis. Imports no torch.
+
+Its fields are the settings, ``_target_`` names the class that reads them, ``__post_init__`` refuses impossible values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.config import require
+
+
+@dataclass
+class ModelConfig:
+    """A Hugging Face path, or (``path`` null) a tiny Qwen3 built from these numbers with a tokenizer for the task."""
+
+    path: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    mlp: int = 384
+    vocabulary: int = 512
+    tied: bool = True
+    architecture: dict[str, Any] = field(default_factory=dict)  # config.json's numbers, for dry_run without the files
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("float32", "bfloat16"), "model.dtype", f"{self.dtype!r} is not float32 or bfloat16")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters by peft; the checkpoint is merged, the adapter lies beside it."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, "lora.rank", f"{self.rank} must be at least 1")
+
+
+@dataclass
+class BatchConfig:
+    """How a step is cut. ``max_tokens`` of a packed micro-batch, ``row_tokens`` of a packed row (on CPU: short)."""
+
+    prompts: int = 32
+    minibatches: int = 1
+    epochs: int = 1
+    max_tokens: int = 8192
+    row_tokens: int | None = None
+    aggregation: str = "token"  # token (DAPO) · sequence (GRPO) · constant (Dr. GRPO)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "minibatches", "epochs", "max_tokens"):
+            require(getattr(self, name) > 0, f"batch.{name}", f"{getattr(self, name)} must be at least 1")
+        modes = ("token", "sequence", "constant")
+        require(
+            self.aggregation in modes, "batch.aggregation", f"{self.aggregation!r} is not one of {', '.join(modes)}"
+        )
+        require(self.minibatches <= self.prompts, "batch.minibatches", f"{self.minibatches} exceeds batch.prompts")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule, by their names in transformers.TrainingArguments."""
+
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "constant"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+
+
+@dataclass
+class ValueModelConfig:
+    """A token-classification model with one label, of its own weights and optimizer, beside the policy."""
+
+    path: str | None = None  # None: from the policy's checkpoint
+    dtype: str = "float32"
+    warmup_rounds: int = 5  # rounds of rollouts that train it alone, before the policy's first step
+    warmup_epochs: int = 4  # over each of these
+    epochs: int = 1  # over every later round
+    minibatches: int = 1  # optimizer steps an epoch
+    clip: float | None = 0.2  # how far a value may move from what it was at the rollout; None: any way
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-6))
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("float32", "bfloat16"), "critic.dtype", f"{self.dtype!r} is not float32 or bfloat16")
+        require(self.warmup_rounds >= 0, "critic.warmup_rounds", f"{self.warmup_rounds} must not be negative")
+        for name in ("warmup_epochs", "epochs", "minibatches"):
+            require(getattr(self, name) > 0, f"critic.{name}", f"{getattr(self, name)} must be at least 1")
+        require(self.clip is None or self.clip > 0, "critic.clip", f"{self.clip} must be above 0; null does not clip")
+        schedule = self.optimizer.lr_scheduler_type
+        require(
+            schedule not in ("reduce_lr_on_plateau", "greedy"),
+            "critic.optimizer.lr_scheduler_type",
+            f"{schedule} waits for a metric that nobody gives; take constant, linear or cosine",
+        )
+
+    def steps(self, rounds: int) -> int:
+        """Optimizer steps of a run with so many rounds after those of the warm-up."""
+        return self.minibatches * (self.warmup_rounds * self.warmup_epochs + rounds * self.epochs)
+
+
+@dataclass
+class KlConfig:
+    """Penalty towards the policy that the run started from (k3 estimator); 0 keeps no reference in memory."""
+
+    coef: float = 0.0
+    unbiased: bool = True  # k3 times the ratio to the anchor: only then is its gradient that of the KL
+
+
+@dataclass
+class UniformConfig:
+    """The same number of rollouts for every prompt."""
+
+    _target_: str = "training.budgets.Uniform"
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, "budget.samples", f"{self.samples} must be at least 1")
+
+
+@dataclass
+class GroupConfig:
+    """GRPO: rewards relative to the group's mean, over its standard deviation if ``normalize``."""
+
+    _target_: str = "training.advantages.Group"
+    normalize: bool = True
+    clip: float | None = None
+
+
+@dataclass
+class RlooConfig:
+    """Rewards relative to the mean of the other members."""
+
+    _target_: str = "training.advantages.Rloo"
+
+
+@dataclass
+class GaeConfig:
+    """PPO: a value model's expectation, over whole episodes; the value model's targets have a lambda of their own."""
+
+    _target_: str = "training.advantages.Gae"
+    gamma: float = 1.0
+    lam: float = 0.95
+    lam_value: float = 1.0
+    whiten: bool = True
+
+
+@dataclass
+class EgaeConfig:
+    """T-PPO's extended GAE: also of episodes that a window has cut."""
+
+    _target_: str = "training.advantages.Egae"
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+
+
+@dataclass
+class ClipConfig:
+    """PPO's clipped ratio; a higher upper bound is DAPO's clip-higher; ``dual_clip`` bounds negative advantages."""
+
+    _target_: str = "training.losses.Clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+
+
+@dataclass
+class CispoConfig:
+    """CISPO: the clipped ratio is a detached weight, so that no token loses its gradient."""
+
+    _target_: str = "training.losses.Cispo"
+    clip_high: float = 4.0
+
+
+@dataclass
+class GspoConfig:
+    """GSPO: one ratio a sequence."""
+
+    _target_: str = "training.losses.Gspo"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+@dataclass
+class NoCorrectionConfig:
+    _target_: str = "training.corrections.NoCorrection"
+
+
+@dataclass
+class TisConfig:
+    """Truncated importance sampling from the engine's log-probs to the trainer's."""
+
+    _target_: str = "training.corrections.Tis"
+    cap: float = 2.0
+
+
+@dataclass
+class TokenMaskConfig:
+    """Drop tokens whose trainer/engine ratio leaves [low, high]."""
+
+    _target_: str = "training.corrections.TokenMask"
+    low: float = 0.5
+    high: float = 5.0
+
+
+@dataclass
+class SequenceMaskConfig:
+    """Drop sequences whose trainer/engine ratio, the product over tokens, leaves [low, high]."""
+
+    _target_: str = "training.corrections.SequenceMask"
+    low: float = 0.0
+    high: float = 3.0
+
+
+@dataclass
+class AnchorConfig:
+    """What the ratio is taken against: the engine's log-probs, or the trainer's own before the first update."""
+
+    kind: str = "behaviour"
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("behaviour", "recomputed"), "anchor.kind", f"{self.kind!r} is not behaviour or recomputed"
+        )
+
+
+@dataclass
+class CompleteConfig:
+    """Every episode to its end: a step waits for the longest.
+
+    ``spare`` is the share of prompts started beyond ``batch.prompts``: the first groups to end are kept, the others
+    thrown away. It favours short answers.
+    """
+
+    spare: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.spare >= 0, "window.spare", f"{self.spare} must not be negative")
+
+
+@dataclass
+class TruncatedConfig:
+    """T-PPO: every slot writes ``length`` own tokens a step; what is not over goes on in the next (arXiv 2506.15050).
+
+    ``length`` null is a third of ``limits.max_new_tokens``, as in the paper (8K of 24K).
+    """
+
+    length: int | None = None
+    max_windows: int | None = None  # older episodes are dropped and counted; None: four times what the longest needs
+
+    def __post_init__(self) -> None:
+        require(self.length is None or self.length > 0, "window.length", f"{self.length} must be at least 1")
+
+    def tokens(self, max_new_tokens: int) -> int:
+        """Own tokens of a window, for episodes of at most so many."""
+        return self.length or -(-max_new_tokens // 3)
+
+    def needed(self, max_new_tokens: int) -> int:
+        """Windows that the longest episode needs: it may start inside of one."""
+        return -(-max_new_tokens // self.tokens(max_new_tokens)) + 1
+
+    def oldest(self, max_new_tokens: int) -> int:
+        """Windows after which an episode is dropped."""
+        return self.max_windows or 4 * self.needed(max_new_tokens)
+
+
+@dataclass
+class AllConfig:
+    _target_: str = "training.selection.All"
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """DAPO: resample until enough groups vary, at most ``max_rounds`` times."""
+
+    _target_: str = "training.selection.DynamicSampling"
+    max_rounds: int = 4
+
+
+@dataclass
+class DropOverlongConfig:
+    """Truncated episodes count in their group's statistics but are not trained on."""
+
+    _target_: str = "training.selection.DropOverlong"
+
+
+@dataclass
+class TaskRewardConfig:
+    _target_: str = "training.rewards.TaskReward"
+
+
+@dataclass
+class SftConfig:
+    """Supervised warm start on the task's demonstrations, by trl.SFTTrainer."""
+
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    optimizer: str = "adamw_torch"  # or muon: Muon on matrices, AdamW on the rest
+    demonstrations: int = 20_000
+    max_length: int = 512
+    row_tokens: int = 128  # packed rows hold this many tokens, or the longest demonstration
+
+    def __post_init__(self) -> None:
+        require(
+            self.optimizer in ("adamw_torch", "muon"),
+            "warm_start.optimizer",
+            f"{self.optimizer!r} is not adamw_torch or muon",
+        )
+        require(self.steps > 0, "warm_start.steps", f"{self.steps} must be at least 1; warm_start=none skips it")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; the last step is always kept
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "checkpoint.every", f"{self.every} must be at least 1")
+        require(self.keep_last > 0, "checkpoint.keep_last", f"{self.keep_last} must be at least 1")
+
+
+@dataclass
+class ProbeConfig:
+    """The gate after each weight sync: log-probs of ``sequences`` fixed texts must agree within ``bound``."""
+
+    sequences: int = 4
+    bound: float | None = None  # None: 1e-4 in float32, measured value in bfloat16
+
+    def __post_init__(self) -> None:
+        require(self.sequences > 0, "probe.sequences", f"{self.sequences} must be at least 1: the gate is never off")
+
+
+@dataclass
+class NodeConfig:
+    """The hardware that ``dry_run`` plans for."""
+
+    gpus: int = 1
+    gpu_memory_gib: float = 80.0
+    engine_gpus: int = 0  # GPUs of the engine's own; 0: shared with the trainer (sleep and wake)
