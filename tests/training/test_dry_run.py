@@ -1,6 +1,7 @@
 """``dry_run=true``: the recipes fit, what cannot fit is refused with a remedy that works."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,7 +12,7 @@ from training import config
 from training.dry_run import dry_run, plan_input
 from training.memory import plan
 
-RECIPES = ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100"]
+RECIPES = ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100", "qwen3_8b_tppo_8xh100"]
 
 
 def settings(*overrides: str):
@@ -95,3 +96,10 @@ def test_the_tiny_model_and_a_folder_give_their_own_numbers(tmp_path):
     assert (folder.shape.layers, folder.shape.qk_norm, folder.strategy) == (3, False, "fsdp")
     with pytest.raises(UserError, match=r"model.path: .*config.json is not there; download the model"):
         plan_input(settings("model=hf", "model.path=some/model"))
+
+
+def test_a_critic_is_planned_beside_the_policy() -> None:
+    asked = plan_input(settings("experiment=qwen3_8b_tppo_8xh100"))
+    for without, beside in zip(plan(replace(asked, critic=None)).phases, plan(asked).phases, strict=True):
+        states = without.parts["weights"] + without.parts["optimizer"]
+        assert beside.parts == without.parts | {"critic": states}, "as large as the policy, and it steps before it"
