@@ -56,7 +56,8 @@ class Clockwork:
 
     It refuses a prompt that is not what the program wrote before, and knows no more of a program than its prompt. The
     log-prob of a token is minus its number among all that were ever written, which no other token has. ``open`` says
-    whether the clock runs while nobody writes; ``failures`` are raised to a program, one a request.
+    whether the clock runs while nobody writes; ``failures`` are raised to a program, one a request, after the tick
+    ``healthy``.
     """
 
     def __init__(self, script: Script) -> None:
@@ -64,9 +65,10 @@ class Clockwork:
         self.version = 0
         self.config = SimpleNamespace(timeout_s=5.0)
         self.ticks = self.written = 0
-        self.asked: list[tuple[str, int, str | None]] = []  # program, tokens that it may write, tool
+        self.asked: list[Request] = []
         self.aborted: list[str] = []
         self.failures: dict[str, list[BaseException]] = {}
+        self.healthy = 0
         self.open: Callable[[], bool] = lambda: True
         self._running: dict[asyncio.Future[Generation], tuple[Request, list[int], Generation]] = {}
         self._sleepers: list[tuple[int, asyncio.Future[None]]] = []
@@ -81,7 +83,7 @@ class Clockwork:
         for request in requests:
             future = asyncio.get_running_loop().create_future()
             futures.append(future)
-            self.asked.append((request.program_id, request.sampling.max_tokens, request.tool))
+            self.asked.append(request)
             said, opening = request.ids, chat().encode("<|im_start|>assistant\n")
             starts = [i for i in range(len(said)) if said[i : i + len(opening)] == opening]
             said = said[starts[-1] + len(opening) :]
@@ -117,17 +119,20 @@ class Clockwork:
 
     async def _tick_on(self) -> None:
         while True:
+            while not self._goes():
+                await asyncio.sleep(2e-4)
             for _ in range(SETTLE):
                 await asyncio.sleep(0)
-            if self._running or (self._sleepers and self.open()):
+            if self._goes():  # no window has ended meanwhile
                 self.tick()
-            else:
-                await asyncio.sleep(2e-4)
+
+    def _goes(self) -> bool:
+        return bool(self._running or (self._sleepers and self.open()))
 
     def tick(self) -> None:
         self.ticks += 1
         for future, (request, rest, out) in list(self._running.items()):
-            if failures := self.failures.get(request.program_id):
+            if self.ticks > self.healthy and (failures := self.failures.get(request.program_id)):
                 del self._running[future]
                 future.set_exception(failures.pop(0))
                 continue

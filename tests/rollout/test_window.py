@@ -6,6 +6,7 @@ Rules from T-PPO (arXiv 2506.15050, "successive batching").
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import itertools
 import pickle
@@ -21,10 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout.chat import Chat
 from rollout.config import LimitsConfig
 from rollout.engines import Sampling
-from rollout.environment import Row
-from rollout.episode import Episode, Status, program_id
+from rollout.environment import Message, Row
+from rollout.episode import Episode, Status, Turn, program_id
 from rollout.errors import EngineDied, UserError, WaitTimeout
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
@@ -33,7 +35,8 @@ from rollout.tools import Tool, tool
 from rollout.tools.calculator import calculator
 from rollout.weights import named_weights
 from rollout.window import Ended, State, Window
-from tests.rollout.clockwork import CALL_LENGTH, Rig, calls, jobs, rig, words
+from tests.rollout.clockwork import CALL_LENGTH, SETTLE, Clockwork, Rig, calls, jobs, rig, words
+from tests.rollout.clockwork import chat as clockwork_chat
 from tests.rollout.taught import EASY, HARD, chat, taught, teaching
 
 if TYPE_CHECKING:
@@ -198,6 +201,9 @@ def turns(draw: st.DrawFn) -> Turns:
     return [*draw(st.lists(asked, max_size=2)), words(draw(st.integers(1, 14)))]
 
 
+LOOK = calls(1)[3]  # the token that names the tool which takes ticks
+
+
 def scripted(episodes: list[Turns]) -> Callable[[str, int], list[int]]:
     return lambda program, turn: episodes[number(program) % len(episodes)][turn]
 
@@ -209,9 +215,11 @@ def number(program: str) -> int:
 class Books:
     """What each slot has written in the window, from what its episodes ask for and are charged."""
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __init__(self, window: Window, script: Callable[[str], Turns]) -> None:
+        self.window, self.script = window, script
         self.wrote = [0] * len(window.slots)
+        self.waited: set[int] = set()  # slots of which a tool took ticks
+        self.total: dict[str, int] = defaultdict(int)  # by episode
         self.grant, self.charge = window.grant, window.charge
         window.grant, window.charge = self.granted, self.charged  # type: ignore[method-assign]
 
@@ -225,8 +233,19 @@ class Books:
         return tokens
 
     def charged(self, episode: Episode, tokens: int) -> bool:
+        name = program_id(episode)
         self.wrote[self.slot(episode)] += tokens
+        self.total[name] += tokens
+        ends = zip(itertools.accumulate(map(len, self.script(name))), self.script(name), strict=True)
+        if any(end == self.total[name] and LOOK in turn for end, turn in ends):
+            self.waited.add(self.slot(episode))
         return self.charge(episode, tokens)
+
+    def opens(self) -> None:
+        """A new page. Who waits now has waited in the coming window too."""
+        lives = [slot.live for slot in self.window.slots]
+        self.wrote = [0] * len(lives)
+        self.waited = {i for i, live in enumerate(lives) if live is not None and live.episode.unanswered}
 
 
 class Ledger:
@@ -258,13 +277,14 @@ def test_every_slot_writes_its_window_unless_a_tool_takes_its_time(
 ) -> None:
     ledger = Ledger()
     with rig(scripted(episodes), length, slots, jobs=jobs()) as r:
-        books = Books(r.window)
+        books = Books(r.window, lambda program: episodes[number(program) % len(episodes)])
         for version in range(windows):
-            r.clock.version, books.wrote, start = version, [0] * slots, r.clock.ticks
+            r.clock.version, start = version, r.clock.ticks
+            books.opens()
             ended = r.window.play(10.0)
             ledger.write(ended, version)
             assert ended.tokens == sum(books.wrote) and max(books.wrote) <= length
-            steady = [i for i, slot in enumerate(r.window.slots) if not slot.lags]
+            steady = set(range(slots)) - books.waited
             assert all(books.wrote[i] == length for i in steady), "full from the start, refilled at once"
             if steady:
                 assert r.clock.ticks - start == length, "a window is so many engine steps"
@@ -347,9 +367,8 @@ def test_who_lags_is_cut_when_another_has_spent_its_window() -> None:
         assert r.clock.aborted == ["g1/0"] and r.clock.ticks == 12
         second = r.window.play(10.0)
         assert [e.own_tokens for e in second.unfinished] == [24, CALL_LENGTH + 13] and r.clock.aborted == ["g1/0"]
-        assert [tool for program, _, tool in r.clock.asked if program == "g1/0"] == [None, "look", None], (
-            "what goes on in the second window does not come back from a tool"
-        )
+        tools = [request.tool for request in r.clock.asked if request.program_id == "g1/0"]
+        assert tools == [None, "look", None], "what goes on in the second window does not come back from a tool"
         (done,) = (e for _ in range(5) for e in r.window.play(10.0).finished if e.group_id == "g1")
         assert [token for token, *_ in tokens_of(done)] == [*calls(3), *words(50)]
 
@@ -383,24 +402,80 @@ def test_who_waits_holds_up_nobody() -> None:
     assert r.clock.aborted == ["g1/0"], "its tool answered in tick 17; it wrote in the eighteenth, and was cut"
 
 
-class Slow(ToolEnvironment):
-    """Whose score takes three ticks."""
+def test_who_has_spent_its_window_cuts_nobody_if_it_waited_itself() -> None:
+    with rig(scripted([[calls(1), words(50)], [calls(5, 14), words(50)]]), 20, 2, jobs=jobs()) as r:
+        assert r.window.play(10.0).tokens == 40 and r.clock.aborted == [] and r.clock.ticks == 25
 
-    clock: Any = None
+
+def test_who_asks_in_the_moment_in_which_a_window_ends_waits_for_the_next() -> None:
+    for rounds in range(SETTLE - 12, SETTLE + 12):  # of the event loop, from the call to the answer
+
+        @tool(timeout=10.0)
+        async def look(ticks: int, rounds: int = rounds) -> str:
+            """Wait.
+
+            Args:
+                ticks: whatever
+                rounds: how long
+            """
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            return "seen"
+
+        script = scripted([[words(100)], [calls(1), words(50)]])
+        with rig(script, CALL_LENGTH + 1, 2, jobs=jobs(), tools=[look]) as r:
+            r.window.play(10.0)
+            assert State.WRITING not in [slot.live.state for slot in r.window.slots if slot.live], rounds
+
+
+class Slow(ToolEnvironment):
+    """Whose beginnings, after the first, and scores take ticks."""
+
+    def __init__(self, like: ToolEnvironment, clock: Clockwork, begun: list[str]) -> None:
+        super().__init__(like.tools(), lambda answer, gold: True)
+        self.clock, self.begun = clock, begun
+
+    async def reset(self, row: Row) -> list[Message]:
+        if row.id in self.begun:
+            await self.clock.wait(4)
+        self.begun.append(row.id)
+        return await super().reset(row)
 
     async def score(self, episode: Episode) -> tuple[dict[str, float], bool]:
         await self.clock.wait(3)
         return await super().score(episode)
 
 
+def slow(r: Rig) -> Rig:
+    r.runner.environment = functools.partial(Slow, r.runner.environment(), r.clock, [])
+    return r
+
+
 def test_an_episode_that_its_limits_end_waits_for_no_tool() -> None:
     with rig(lambda program, turn: calls(5), 20, 1, jobs=jobs(), max_tool_calls=0) as r:
-        tools = r.runner.environment().tools()
-        environment = type("SlowHere", (Slow,), {"clock": r.clock})
-        r.runner.environment = lambda: environment(tools, lambda answer, gold: True)
-        ended = r.window.play(10.0)
+        ended = slow(r).window.play(10.0)
         assert ended.tokens == 20 and [e.status for e in ended.finished] == [Status.CALL_LIMIT] * 2
         assert [e.status for e in ended.unfinished] == [Status.UNFINISHED]
+
+
+def test_an_episode_whose_tool_has_answered_waits_no_more_though_it_writes_no_more() -> None:
+    gate = Gate("x" * 300)  # fills the context
+    gate.free.set()
+    script = scripted([[words(100)], [calls(1), words(9)]])
+    with rig(script, 30, 2, jobs=jobs(), tools=[gate.tool], max_model_len=200) as r:
+        ended = slow(r).window.play(10.0)
+        assert {e.status for e in ended.finished} == {Status.TRUNCATED}
+        assert {e.status for e in ended.unfinished} == {Status.UNFINISHED}
+
+
+def test_who_lags_and_fails_is_cut_when_it_writes_again() -> None:
+    with rig(scripted([[words(100)], [calls(1), words(50)]]), 12, 2, jobs=jobs()) as r:
+        r.clock.failures = {"g1/0": [ConnectionError("gone")]}
+        r.clock.healthy = (
+            9  # it fails after its tool, in tick 10, and begins anew in tick 14, after the other's twelfth
+        )
+        ended = slow(r).window.play(10.0)
+        assert r.clock.ticks == 14 and [e.own_tokens for e in ended.unfinished] == [12, 0]
 
 
 # ---- age and failures
@@ -438,6 +513,24 @@ def test_a_failure_in_a_later_window_begins_anew_too() -> None:
         r.clock.version, r.clock.failures = 1, {"g0/0": [ConnectionError("gone")]}
         (again,) = r.window.play(10.0).unfinished
         assert [version for *_, version in tokens_of(again)] == [1] * 6 and again.sequences[0].trained == 0
+
+
+def test_an_abort_that_is_not_the_windows_is_a_failure() -> None:
+    with rig(scripted([[words(20)]]), 6, 1, jobs=jobs()) as r:
+        until(lambda: r.runner._loop.is_running())
+        abort = r.clock.abort
+
+        async def other() -> None:
+            while r.clock.ticks < 3:
+                await asyncio.sleep(0)
+            await abort("g0/0")
+
+        aborting = asyncio.run_coroutine_threadsafe(other(), r.runner._loop)
+        (again,) = r.window.play(10.0).unfinished
+        aborting.result(5.0)
+        assert [-logprob for _, logprob, _ in tokens_of(again)] == [4, 5, 6], (
+            "what came before the abort is thrown away"
+        )
 
 
 def test_failures_in_a_row_end_the_window_in_one_line() -> None:
@@ -504,6 +597,81 @@ def test_standing_still_is_not_held_against_an_episode_but_a_long_tool_is() -> N
 
 
 # ---- between two windows
+
+
+THOUGHTS = "'<think>' + ('\\n' + thoughts if thoughts else '') + '</think>' + content"
+
+
+@functools.cache
+def stripping() -> Chat:
+    """The format of a template that drops earlier thinking: each turn after a tool is another sequence."""
+    tokenizer = copy.deepcopy(clockwork_chat().tokenizer)
+    for kept, stripped in {THOUGHTS: "content", "{{- content }}": "{{- content.split('</think>')[-1] }}"}.items():
+        assert kept in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(kept, stripped)
+    return Chat(tokenizer)
+
+
+@settings(deadline=None, max_examples=30)
+@given(turns(), st.integers(1, 12), st.booleans(), st.integers(0, 3), st.integers(8, 60))
+def test_taken_up_at_every_window_an_episode_is_what_it_would_have_been(
+    script: Turns, length: int, strips: bool, max_tool_calls: int, max_new_tokens: int
+) -> None:
+    limits = {"max_tool_calls": max_tool_calls, "max_new_tokens": max_new_tokens}
+
+    def played(length: int, state: Any = None) -> tuple[Any, list[Episode]]:
+        with rig(lambda program, turn: script[turn], length, 1, jobs=jobs(), **limits) as r:
+            r.window.policy = replace(r.policy, chat=stripping() if strips else r.policy.chat)
+            if state is not None:
+                kept, r.clock.ticks, r.clock.written = pickle.loads(state)
+                r.window.load_state_dict(kept)
+            finished = r.window.play(10.0).finished
+            return pickle.dumps((r.window.state_dict(), r.clock.ticks, r.clock.written)), finished
+
+    state, done = played(length)
+    while not done:
+        state, done = played(length, state)
+    with rig(lambda program, turn: script[turn], 100, 1, jobs=jobs(), **limits) as r:
+        r.window.policy = replace(r.policy, chat=stripping() if strips else r.policy.chat)
+        whole: list[Episode] = []
+        while not whole:
+            whole = r.window.play(10.0).finished
+    ours, theirs = done[0], whole[0]
+    assert (
+        len(ours.sequences) == (len(theirs.turns) if strips and len(theirs.turns) > 1 else 1)
+        or ours.status != "finished"
+    )
+    for a, b in zip(ours.sequences, theirs.sequences, strict=True):
+        assert (a.token_ids, a.own_mask, a.behaviour_logprobs) == (b.token_ids, b.own_mask, b.behaviour_logprobs)
+    assert [told(turn) for turn in ours.turns] == [told(turn) for turn in theirs.turns]
+    assert (ours.status, ours.rewards) == (theirs.status, theirs.rewards)
+
+
+def told(turn: Turn) -> Any:
+    """All but the seconds that tools took."""
+    return turn.reasoning, turn.content, turn.calls, turn.well_formed, [(r.content, r.error) for r in turn.results]
+
+
+def test_who_is_taken_up_right_after_a_tool_comes_back_from_it() -> None:
+    with rig(lambda program, turn: [calls(0), words(5)][turn], CALL_LENGTH, 1, jobs=jobs()) as r:
+        r.window.play(10.0)
+        with rig(lambda program, turn: [calls(0), words(5)][turn], 20, 1, jobs=jobs("h")) as later:
+            later.window.load_state_dict(r.window.state_dict())
+            later.window.play(10.0)
+            assert later.clock.asked[0].tool == "glance"
+
+
+def test_each_window_samples_with_seeds_of_its_own_and_a_second_run_with_the_same() -> None:
+    def seeds() -> list[int | None]:
+        with rig(lambda program, turn: [calls(0, 12), words(12)][turn], 5, 1, jobs=jobs()) as r:
+            r.window.policy = replace(r.policy, seed=3)
+            for _ in range(6):
+                r.window.play(10.0)
+            return [request.sampling.seed for request in r.clock.asked]
+
+    first = seeds()
+    assert len(set(first)) == len(first) and None not in first, "also where no new version came in between"
+    assert seeds() == first
 
 
 class Gate:
@@ -615,7 +783,7 @@ def test_who_lacked_no_more_than_a_score_is_not_played_on() -> None:
         ended = r.window.play(10.0)
         assert ended.finished[0].group_id == "g9" and ended.finished[0].own_tokens == 0
         assert ended.finished[0].rewards == {"task": 0.0}
-        assert "g9/0" not in {program for program, *_ in r.clock.asked}
+        assert "g9/0" not in {request.program_id for request in r.clock.asked}
 
 
 def test_another_number_of_slots_is_refused_in_one_line() -> None:
