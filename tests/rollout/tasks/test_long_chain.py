@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from rollout.environment import Row
 from rollout.episode import Episode, Status, Turn
 from rollout.errors import UserError
 from rollout.tasks import Demonstration
-from rollout.tasks.long_chain import STARTS, LongChain, chain, countdown_width, own_tokens, steps_at, worked
+from rollout.tasks.long_chain import STARTS, LongChain, chain, count_at, count_width, own_tokens, worked
 from training.models import train_tokenizer
 
 
@@ -25,33 +26,33 @@ def task() -> LongChain:
 
 
 def asked(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"Next digit: .* Start (\d{3}), (\d+) steps\.", text)
+    match = re.fullmatch(r"Each digit is .* Start with (\d\d) and count down from (\d\d)\.", text)
     assert match is not None
     return match[1], int(match[2])
 
 
 def slips(demonstration: Demonstration) -> tuple[int, int]:
-    """(wrong digits, steps) of a demonstration, by reading it."""
-    start, steps = asked(demonstration.messages[0]["content"])
-    digits, wrong = [int(digit) for digit in start], 0
+    """(wrong digits, sums) of a demonstration, by reading it."""
+    start, count = asked(demonstration.messages[0]["content"])
+    digits, wrong = [], 0
     lines = demonstration.messages[-1]["reasoning_content"].split("\n")
-    assert lines[0] == f"{steps:02}:{start[-1]}"
-    for left, line in zip(range(steps - 1, -1, -1), lines[1:], strict=True):
+    for left, line in zip(range(count, -1, -1), lines, strict=True):
         shown, digit = line.split(":")
         assert shown == f"{left:02}"
-        wrong += int(digit) != (digits[-1] + digits[-3]) % 10
+        wrong += len(digits) >= 2 and int(digit) != (digits[-1] + digits[-2]) % 10
         digits.append(int(digit))
+    assert f"{digits[0]}{digits[1]}" == start
     assert demonstration.messages[-1]["content"] == str(digits[-1])
-    return wrong, steps
+    return wrong, count - 1
 
 
 def test_lengths_follow_the_pinned_law_in_tokens_of_the_real_tokenizer_and_template(task: LongChain) -> None:
     chat = Chat(train_tokenizer(task.corpus(), 512))
     lengths = []
     for row in task.rows("train"):
-        start, steps = asked(row.messages[0]["content"])
+        start, count = asked(row.messages[0]["content"])
         answer = {"role": "assistant", "content": str(row.answer)}
-        answer["reasoning_content"] = worked(chain(start, steps), 2)
+        answer["reasoning_content"] = worked(chain(start, count), 2)
         ids, own = chat.demonstration([*row.messages, answer], [])
         lengths.append(sum(own))
         assert sum(own) == row.extras["own_tokens"] and len(ids) - sum(own) < 24
@@ -66,19 +67,19 @@ def test_lengths_follow_the_pinned_law_in_tokens_of_the_real_tokenizer_and_templ
 
 def test_rows_are_finite_stable_distinct_and_disjoint(task: LongChain) -> None:
     train, test = task.rows("train"), task.rows("test")
-    assert (len(train), len(test)) == (4096, 1000)
-    assert len({row.id for row in train + test}) == 5096
+    assert (len(train), len(test)) == (1024, 300)
+    assert len({row.id for row in train + test}) == 1324
     assert [row.id for row in LongChain().rows("train")] == [row.id for row in train]
     other = LongChain(seed=1)
     assert [row.id for row in other.rows("train")] != [row.id for row in train]
     assert [row.id for row in other.rows("test")] == [row.id for row in test]
-    steps = [[row.extras["steps"] for row in t.rows("train")] for t in (task, other)]
-    assert steps[0] != steps[1] and sorted(steps[0]) == sorted(steps[1])
+    counts = [[row.extras["count"] for row in t.rows("train")] for t in (task, other)]
+    assert counts[0] != counts[1] and sorted(counts[0]) == sorted(counts[1])
 
 
 def test_demonstrations_never_show_a_question_of_the_test_split(task: LongChain) -> None:
-    shown = {demo.messages[0]["content"] for demo in task.demonstrations(8000)}
-    assert len(shown) > 5000
+    shown = {demo.messages[0]["content"] for demo in task.demonstrations(4000)}
+    assert len(shown) > 1500
     assert not shown & {row.messages[0]["content"] for row in task.rows("test")}
 
 
@@ -87,63 +88,66 @@ def test_difficulties_are_by_length(task: LongChain) -> None:
     for row in task.rows("train") + task.rows("test"):
         low, high = bounds[row.difficulty]
         assert low <= row.extras["own_tokens"] <= high
-    assert Counter(row.difficulty for row in task.rows("test")) == {"short": 517, "middle": 423, "long": 60}
+    assert Counter(row.difficulty for row in task.rows("test")) == {"short": 155, "middle": 127, "long": 18}
 
 
 def test_answers_are_the_last_digits_of_their_chains(task: LongChain) -> None:
     for row in task.rows("train")[:300]:
-        start, steps = asked(row.messages[0]["content"])
-        a, b, c = map(int, start)
-        for _ in range(steps):
-            a, b, c = b, c, (c + a) % 10
-        assert row.answer == c
+        start, count = asked(row.messages[0]["content"])
+        a, b = map(int, start)
+        for _ in range(count - 1):
+            a, b = b, (a + b) % 10
+        assert row.answer == b
 
 
 @given(st.sampled_from(STARTS), st.integers(1, 300), st.integers(1, 3))
-def test_a_worked_chain_counts_down_and_shows_each_digit(start: str, steps: int, width: int) -> None:
-    digits = chain(start, steps)
+def test_a_worked_chain_counts_down_and_shows_each_digit(start: str, count: int, width: int) -> None:
+    digits = chain(start, count)
     lines = worked(digits, width).split("\n")
-    assert [line.split(":") for line in lines] == [[f"{steps - i:0{width}}", str(d)] for i, d in enumerate(digits)]
-    history = [int(start[0]), int(start[1]), *digits]
-    assert all((x + z) % 10 == y for x, z, y in zip(history, history[2:], history[3:], strict=False))
+    assert [line.split(":") for line in lines] == [[f"{count - i:0{width}}", str(d)] for i, d in enumerate(digits)]
+    assert f"{digits[0]}{digits[1]}" == start
+    assert all((x + y) % 10 == z for x, y, z in zip(digits, digits[1:], digits[2:], strict=False))
 
 
-def test_no_chain_comes_back_to_its_start_within_30_steps() -> None:
-    assert len(STARTS) == 992
-    for start in STARTS:
-        digits = [int(start[0]), int(start[1]), *chain(start, 30)]
-        assert all(digits[i : i + 3] != digits[:3] for i in range(1, 31))
+def test_chains_of_the_starts_in_use_come_back_after_12_steps_at_the_earliest() -> None:
+    def period(start: str) -> int:
+        digits = chain(start, 71)
+        return next(i for i in range(1, 70) if digits[i : i + 2] == digits[:2])
+
+    assert Counter(map(period, STARTS)) == {60: 60, 20: 20, 12: 12}
+    assert all(period(f"{i:02}") < 12 for i in range(100) if f"{i:02}" not in STARTS)
 
 
 def test_demonstrations_slip_at_the_given_rate_and_answer_the_wrong_chain(task: LongChain) -> None:
     demos = list(task.demonstrations(2000, seed=3))
     assert demos[:100] == list(task.demonstrations(100, seed=3))
     assert demos[:100] != list(task.demonstrations(100, seed=4))
-    wrong, steps = map(sum, zip(*map(slips, demos), strict=True))
-    assert steps > 30_000 and abs(wrong / steps - 0.05) < 0.005
+    wrong, sums = map(sum, zip(*map(slips, demos), strict=True))
+    assert sums > 30_000 and abs(wrong / sums - 0.08) < 0.005
     assert {(demo.style, demo.weight) for demo in demos} == {("think", 1.0)}
     assert all(slips(demo)[0] == 0 for demo in LongChain(slip=0.0).demonstrations(200))
-    assert all(wrong == steps for wrong, steps in map(slips, LongChain(slip=1.0).demonstrations(200)))
+    assert all(wrong == sums for wrong, sums in map(slips, LongChain(slip=1.0).demonstrations(200)))
 
 
 @given(st.integers(16, 100), st.floats(1.5, 12), st.lists(st.floats(0.001, 0.999), min_size=2, max_size=8))
 def test_the_law_scales(median: int, tail: float, quantiles: list[float]) -> None:
     longest = round(median * tail)
-    width = countdown_width(longest)
-    lengths = [own_tokens(steps_at(q, median, longest), width) for q in sorted(quantiles)]
+    width = count_width(longest)
+    lengths = [own_tokens(count_at(q, median, longest), width) for q in sorted(quantiles)]
     assert all(low <= high for low, high in pairwise(lengths)) and lengths[-1] <= longest
-    assert abs(own_tokens(steps_at(0.5, median, longest), width) - median) <= (width + 3) / 2 + 0.5
-    assert own_tokens(steps_at(0.99, median, longest), width) >= longest * 31 / 32 - width - 3
-    assert steps_at(0.999, median, longest) < 10**width
+    assert abs(own_tokens(count_at(0.5, median, longest), width) - median) <= (width + 3) / 2 + 0.5
+    assert own_tokens(count_at(0.99, median, longest), width) >= longest * 31 / 32 - width - 3
+    assert count_at(0.999, median, longest) < 10**width
 
 
-def test_a_set_with_more_rows_than_questions_is_refused_with_the_largest_that_there_is() -> None:
-    with pytest.raises(UserError, match=r"^task\.test_size: 3000 rows need .* give at most (\d+)$") as refused:
-        LongChain(test_size=3000)
-    most = int(str(refused.value).rpartition(" ")[2])
-    assert len(LongChain(test_size=most).rows("test")) == most
-    with pytest.raises(UserError, match=r"^task\.size: 100000 rows need"):
-        LongChain(size=100_000)
+@pytest.mark.parametrize("law", [{}, {"median_tokens": 16, "longest_tokens": 64}, {"longest_tokens": 2000}])
+def test_more_rows_than_questions_are_refused_with_a_number_that_is_not(law: dict[str, Any]) -> None:
+    for key, other in (("size", "test_size"), ("test_size", "size")):
+        with pytest.raises(UserError, match=rf"^task\.{key}: .* give at most (\d+)$") as refused:
+            LongChain(**law, **{key: 3000, other: 1})
+        most = int(str(refused.value).rpartition(" ")[2])
+        rows = LongChain(**{key: most, other: 1}, **law).rows("train" if key == "size" else "test")
+        assert len({row.id for row in rows}) == most > 20
 
 
 @pytest.mark.parametrize(
@@ -157,9 +161,9 @@ def test_a_set_with_more_rows_than_questions_is_refused_with_the_largest_that_th
         ({"median_tokens": 64, "longest_tokens": 64}, "longest_tokens"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, float], key: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=rf"^task\.{key}: "):
-        LongChainConfig(**settings)  # type: ignore[arg-type]
+        LongChainConfig(**settings)
 
 
 def test_only_the_exact_last_digit_of_a_finished_episode_succeeds(task: LongChain) -> None:
