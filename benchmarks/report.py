@@ -37,7 +37,7 @@ class Report:
         self.name = name
         self.figures: dict[str, float] = {}
         self.bars: list[dict[str, Any]] = []
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else 160)  # in a log tables would be cut at 80
         self.start = time.monotonic()
 
     def figure(self, name: str, value: float) -> float:
@@ -48,6 +48,15 @@ class Report:
         """A bound that was asked for; its figure must have been given."""
         met = bool(OPERATORS[op](self.figures[figure], bound))
         self.bars.append({"figure": figure, "op": op, "bound": bound, "met": met})
+
+    def input(self, name: str, path: Path, remedy: str) -> bool:
+        """Whether something that is read is there. If not, that is a bar missed, and the terminal says what to do."""
+        missing = not path.exists()
+        self.figure(f"missing_{name}", missing)
+        self.bar(f"missing_{name}", "==", 0)
+        if missing:
+            self.console.print(f"missing: {path}: {remedy}", style="red", markup=False, soft_wrap=True)
+        return not missing
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         table = Table(title=title)

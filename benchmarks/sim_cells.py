@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-TRACE = Path("../shared/traces/claude_code_sessions.jsonl.gz")
+TRACE = Path(__file__).parents[2] / "shared/traces/claude_code_sessions.jsonl.gz"  # beside the repository
 POOL = (
     400_000  # tokens of KV cache: what is left beside the weights, H100 with 8B (52 GB) and 4 × H100 with 70B (131 GB)
 )
@@ -31,7 +32,14 @@ KNEE = {
     },
 }  # fmt: skip
 LOADS = {"light": 0.5, "knee": 0.8, "overload": 2.0}
-RL = ("h100_8b", "h100x4_70b")
+# Paired seeds: 20 where a run of 300 programs takes less than a second of one core, 3 below 4 s, 2 below 7 s, else 1.
+SEEDS = {
+    "chat": 20, "bfcl": 3, "no_tools": 3, "rl_batch": 3, "swe": 2, "drift": 2, "sessions": 2, "cheap_prefill": 2,
+    "long_tools": 1, "mixed": 1, "swe_chat": 1,
+}  # fmt: skip
+FIRST = "h100_8b"  # the hardware on which every policy plays
+RL = (FIRST, "h100x4_70b")
+STOCK = "fcfs"
 
 
 @dataclass(frozen=True)
@@ -52,17 +60,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """A cell under a policy with its settings, one seed."""
+    """A cell under a policy with its settings, one seed. ``hints``: clients name tools and last turns."""
 
     cell: Cell
     policy: str
     seed: int = 0
     settings: tuple[tuple[str, Any], ...] = ()
+    hints: bool = False
 
     @property
     def arm(self) -> str:
         """The policy with its settings, as tables name it."""
-        return self.policy + "".join(f" {value}" for _, value in self.settings)
+        return self.policy + "_hints" * self.hints + "".join(f" {value}" for _, value in self.settings)
 
     @property
     def key(self) -> str:
@@ -81,6 +90,7 @@ class Outcome:
     recomputed: float = 0.0
     preemptions: int = 0
     p95_job_time: float = 0.0
+    seconds: float = 0.0  # of one core, that the run took
 
 
 def simulate_run(run: Run) -> dict[str, Any]:
@@ -90,6 +100,7 @@ def simulate_run(run: Run) -> dict[str, Any]:
     from rollout.scheduling.simulator import simulate
     from rollout.scheduling.vllm_plugin import program_scheduler
 
+    started = time.process_time()
     result = simulate(
         workload(run.cell, run.seed),
         hardware=hardware(run.cell),
@@ -97,6 +108,7 @@ def simulate_run(run: Run) -> dict[str, Any]:
         scheduler=functools.partial(program_scheduler, simulated=True),
         options={"turnstile": {"policy": run.policy, **dict(run.settings)}},
         scale=run.cell.scale,
+        hints=run.hints,
     )
     times: dict[int, float] = {}
     delays: dict[int, float] = {}
@@ -111,6 +123,7 @@ def simulate_run(run: Run) -> dict[str, Any]:
         Outcome(
             [times[p] for p in order], [delays[p] for p in order], [first[p] for p in order], len(result.jobs),
             result.makespan, result.recomputed_tokens, result.preemptions, float(np.percentile(result.job_times, 95)),
+            time.process_time() - started,
         )
     )  # fmt: skip
 

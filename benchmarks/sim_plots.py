@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class Point:
     label: str = ""
 
 
-def trade_off(path: Path, cells: dict[str, Sequence[Point]]) -> None:
+def trade_off(path: Path, cells: Mapping[str, Sequence[Point]]) -> None:
     """A panel a cell; points of one arm are joined. Down and left is better; stock is at (1, 1)."""
     import matplotlib
 

@@ -24,8 +24,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 def predict(report: Report) -> None:
     """Mean job times of the same sessions under the virtual clock, beside the measured ones that were kept."""
     kept = RESULTS / "kv_ttl.json"
-    if not kept.exists():
-        report.console.print(f"no prediction: {kept} is missing; run python -m benchmarks.keep kv_ttl first")
+    if not report.input("kv_ttl_results", kept, "run python -m benchmarks.keep kv_ttl first"):
         return
     measured = json.loads(kept.read_text())["figures"]
     costs = {name: measured[f"step_{name}"] for name in "abcd"}
@@ -64,7 +63,7 @@ def mean_job_time(options: dict[str, Any] | None, costs: dict[str, float]) -> fl
         scheduler = functools.partial(program_scheduler, simulated=True)
         ours = {"scheduler": scheduler, "options": {"turnstile": options}}
     played = [
-        simulate(real_case_workload(seed), hardware=Linear(**costs), **ours, **real_case_engine())
+        simulate(real_case_workload(seed), hardware=Linear(**costs), hints=False, **ours, **real_case_engine())
         for seed in range(SEEDS)
     ]
     return float(np.mean([result.job_times.mean() for result in played]))

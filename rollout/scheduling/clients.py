@@ -56,7 +56,7 @@ class Simulation:
         self._backlog: list[Program] = []  # of a closed loop, last first
         self._pinned: dict[str, float] = {}
         scheduler = engine.scheduler
-        if hasattr(scheduler, "tool_of"):
+        if hasattr(scheduler, "tool_of"):  # the truth, for synthetic tokens say nothing: what a known format would show
             scheduler.tool_of = lambda request: self._turn(request).tool
         if hasattr(scheduler, "true_gap"):
             scheduler.true_gap = self._true_gap

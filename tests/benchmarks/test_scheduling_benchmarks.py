@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import kv_ttl
+from benchmarks import arms, kv_ttl, kv_ttl_sim, sim_prediction
 from benchmarks.kv_ttl_arms import (
     BLOCK,
     PINNED,
@@ -26,6 +26,9 @@ from benchmarks.kv_ttl_arms import (
     working_set,
     workload,
 )
+from benchmarks.report import Report
+from benchmarks.sim_cells import KNEE, SEEDS, TRACE
+from benchmarks.sim_outcomes import bootstrap
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +62,102 @@ def test_kv_ttl_sim(tmp_path: Path) -> None:
     figures = quick("kv_ttl_sim", tmp_path, "--plots", "pictures")
     assert figures["cells"] == 3 and figures["worst_upper_bound"] > 0 and figures["rl_makespan_gain"] > 0
     assert (tmp_path / "pictures" / "kv_ttl_sim_overload.png").stat().st_size > 10_000
+
+
+def test_the_grid_is_the_issues() -> None:
+    """Five policies on both models at light load and at the knee; the rest on one model at the knee; paired seeds."""
+    grid = kv_ttl_sim.cells(False, 300)
+    workloads = {hardware: set(knees) for hardware, knees in KNEE.items()}
+    if not TRACE.exists():
+        workloads["h100_8b"].discard("sessions")
+    found = {(c.workload, c.load, c.hardware) for c in grid}
+    asked = {(w, load, h) for h, names in workloads.items() for w in names for load in ("light", "knee")}
+    assert found == asked | {(w, "overload", "h100_8b") for w in workloads["h100_8b"]}
+    five = {"fcfs", "program_fcfs", "program_cap", "turnstile", "clairvoyant"}
+    for cell in grid:
+        for seed in range(SEEDS[cell.workload]):
+            runs = kv_ttl_sim.runs(cell, seed, False)
+            assert {run.policy for run in runs} >= five
+            rest = {run.policy for run in runs} - five - {"continuum"}
+            assert bool(rest) == (cell.load == "knee" and cell.hardware == "h100_8b" and seed == 0)
+            assert ("continuum" in {run.policy for run in runs}) >= (cell.load == "overload")
+            hinted = [run for run in runs if run.hints]
+            assert [run.arm for run in hinted] == ["turnstile_hints"] * bool(rest)
+    assert max(SEEDS.values()) == 20 and {c.workload for c in grid} | {"sessions", "rl_batch"} == SEEDS.keys()
+
+
+def test_what_is_missing_is_a_missed_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("test")
+    (tmp_path / "there").touch()
+    assert report.input("there", tmp_path / "there", "never said")
+    assert not report.input("trace", tmp_path / "trace.gz", "fetch it")
+    with pytest.raises(SystemExit) as end:
+        report.finish()
+    printed = capsys.readouterr().out
+    assert end.value.code == 1 and f"missing: {tmp_path / 'trace.gz'}: fetch it" in printed
+    met = {bar["figure"]: bar["met"] for bar in json.loads(printed.splitlines()[-1])["bars"]}
+    assert met == {"missing_there": True, "missing_trace": False}
+
+
+def test_without_kept_runs_the_prediction_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sim_prediction, "RESULTS", tmp_path)
+    report = Report("test")
+    sim_prediction.predict(report)
+    assert [(bar["figure"], bar["met"]) for bar in report.bars] == [("missing_kv_ttl_results", False)]
+
+
+def test_the_bootstrap_draws_seeds_and_then_programs() -> None:
+    """Against draws of both levels by hand; then without any spread, and with one seed."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(6):
+        stock = rng.uniform(1, 2, 40)
+        pairs.append((stock * rng.uniform(0.5, 0.9), stock))  # seeds differ, programs do not
+    ratio, low, high = bootstrap(pairs)
+    assert ratio == pytest.approx(sum(a.sum() for a, _ in pairs) / sum(b.sum() for _, b in pairs))
+    ends = []
+    for _ in range(4000):
+        drawn = [pairs[i] for i in rng.integers(6, size=6)]
+        again = [(a[d], b[d]) for a, b in drawn for d in [rng.integers(40, size=40)]]
+        ends.append(sum(a.sum() for a, _ in again) / sum(b.sum() for _, b in again))
+    assert (low, high) == pytest.approx(np.quantile(ends, (0.025, 0.975)), abs=0.01)
+    assert high - low > 0.1  # what the programs alone would never show
+    same = [(0.7 * stock, stock) for _, stock in pairs]
+    assert bootstrap(same) == pytest.approx((0.7, 0.7, 0.7))
+    (ours, stock), *_ = pairs
+    noisy = ours * rng.uniform(0.5, 1.5, 40)
+    ratio, low, high = bootstrap([(noisy, stock)])
+    assert low < ratio < high and high - low < 0.2
+
+
+def test_stored_results_know_the_code_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    monkeypatch.setattr(arms, "ROOT", tmp_path)
+    assert arms.code() == arms.commit() == ""  # no git
+    git("init")
+    for name in ("code.py", "README.md", "benchmarks/results/a.json"):
+        write(name, "1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = arms.code()
+    assert clean == arms.commit()[:12] and not arms.uncommitted()
+    for name in ("README.md", "benchmarks/results/a.json", "benchmarks/results/b.json", "notes.txt"):
+        write(name, "2")
+    assert arms.code() == clean  # nothing of it runs
+    seen = {clean}
+    for name, text in (("code.py", "2"), ("code.py", "3"), ("new.py", "1"), ("new.py", "2"), ("größe.yaml", "1")):
+        write(name, text)
+        assert arms.code() not in seen and arms.code().startswith(clean)
+        seen.add(arms.code())
+    git("commit", "-am", "second")
+    assert not arms.code().startswith(clean)
 
 
 def test_scheduler_overhead(tmp_path: Path) -> None:
