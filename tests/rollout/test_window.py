@@ -459,21 +459,19 @@ def test_an_episode_that_its_limits_end_waits_for_no_tool() -> None:
 
 
 def test_an_episode_whose_tool_has_answered_waits_no_more_though_it_writes_no_more() -> None:
-    gate = Gate("x" * 300)  # fills the context
-    gate.free.set()
-    script = scripted([[words(100)], [calls(1), words(9)]])
-    with rig(script, 30, 2, jobs=jobs(), tools=[gate.tool], max_model_len=200) as r:
+    """The answer fills the context in tick 9; its score comes in tick 12, after the other's eleventh."""
+    with rig(scripted([[words(100)], [calls(1), words(9)]]), 11, 2, jobs=jobs()) as r:
+        prompt = r.policy.chat.open([{"role": "user", "content": "?"}], r.runner.environment().tools())
+        r.window.policy = replace(r.policy, max_model_len=len(prompt) + CALL_LENGTH + 5)
         ended = slow(r).window.play(10.0)
-        assert {e.status for e in ended.finished} == {Status.TRUNCATED}
-        assert {e.status for e in ended.unfinished} == {Status.UNFINISHED}
+        assert [(e.group_id, e.status) for e in ended.finished] == [("g1", Status.TRUNCATED)]
+        assert [(e.group_id, e.own_tokens) for e in ended.unfinished] == [("g0", 11), ("g2", 0)], "cut as it began"
 
 
 def test_who_lags_and_fails_is_cut_when_it_writes_again() -> None:
+    """It fails after its tool, in tick 10, and begins anew in tick 14: the other wrote its last token in tick 12."""
     with rig(scripted([[words(100)], [calls(1), words(50)]]), 12, 2, jobs=jobs()) as r:
-        r.clock.failures = {"g1/0": [ConnectionError("gone")]}
-        r.clock.healthy = (
-            9  # it fails after its tool, in tick 10, and begins anew in tick 14, after the other's twelfth
-        )
+        r.clock.failures, r.clock.healthy = {"g1/0": [ConnectionError("gone")]}, 9
         ended = slow(r).window.play(10.0)
         assert r.clock.ticks == 14 and [e.own_tokens for e in ended.unfinished] == [12, 0]
 
