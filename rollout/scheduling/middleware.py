@@ -180,7 +180,7 @@ async def release(request: Request) -> JSONResponse:
 def show_numbers(app: Any) -> None:
     """Let the page of metrics read the scheduler's file, which its options name."""
     config = getattr(app.state, "vllm_config", None)
-    path = Options.read(config.additional_config).metrics_path if config is not None else None
+    path = Options.read(config.additional_config, writes=False).metrics_path if config is not None else None
     if path is not None:
         expose(path)
 

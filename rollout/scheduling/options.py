@@ -35,8 +35,8 @@ class Options:
     settings: dict[str, Any] = field(default_factory=dict)  # of the policy
 
     @classmethod
-    def read(cls, additional_config: Any) -> Options:
-        """Check what came by ``--additional-config``; all defaults if nothing did."""
+    def read(cls, additional_config: Any, *, writes: bool = True) -> Options:
+        """Check what came by ``--additional-config``; all defaults if nothing did. ``writes``: the files, here."""
         given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(given, Mapping):
             raise UserError(f'additional_config["{KEY}"]: {given!r} is no mapping of options; give {{"policy": …}}')
@@ -47,6 +47,10 @@ class Options:
                 values[name] = _path(name, values[name])
         options = cls(**values, settings={name: value for name, value in given.items() if name not in own})
         options._check()
+        for name in ("save_latencies", "metrics_path") if writes else ():
+            path = getattr(options, name)
+            if path is not None:
+                _check_writable(f"scheduler options: {name}={path}", path)
         return options
 
     def build(self) -> Policy:
@@ -90,10 +94,6 @@ class Options:
         port = self.metrics_port
         if port is not None and (not isinstance(port, int) or not _number(port) or not 0 <= port < 1 << 16):
             raise UserError(f"scheduler options: metrics_port={port!r} must be a whole number from 0 to 65535")
-        for name in ("save_latencies", "metrics_path"):
-            path = getattr(self, name)
-            if path is not None:
-                _check_writable(f"scheduler options: {name}={path}", path)
         if self.policy in STOCK and self.settings:
             raise UserError(f"scheduler options: {self.policy} is stock and knows no {next(iter(self.settings))!r}")
 

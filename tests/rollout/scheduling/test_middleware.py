@@ -432,6 +432,17 @@ def test_the_page_of_metrics_shows_the_schedulers_file(tmp_path: Path) -> None:
         metrics._registered.cache_clear()
 
 
+def test_a_front_end_that_cannot_write_the_schedulers_file_serves(tmp_path: Path) -> None:
+    """The engine core may run elsewhere."""
+    path = tmp_path / "elsewhere" / "numbers.json"
+    app = make_app(additional_config={"turnstile": {"metrics_path": str(path)}})
+    try:
+        assert post(app, "/v1/chat/completions", CHAT).status_code == 200
+    finally:
+        REGISTRY.unregister(metrics.expose(path))
+        metrics._registered.cache_clear()
+
+
 @pytest.mark.parametrize("additional_config", [{}, {"turnstile": {"policy": "plas"}}])
 def test_without_a_file_the_page_stays_as_it_is(additional_config: dict[str, Any]) -> None:
     before = list(REGISTRY._collector_to_names)
