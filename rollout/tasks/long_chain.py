@@ -4,7 +4,7 @@ A question gives two digits and a number to count down from; each next digit is 
 solution stands in the think block, one line a digit, ``count:digit`` down to 0, and the answer is the last digit. A
 step needs the two lines before it and no more, so a tiny model learns it at once for chains of every length. The
 chains of the starts in use have periods of 12, 20 and 60, so that to stop early or to copy an old line is a guess.
-(Affine maps mod 10 fail there: most have periods of at most 4, and a tiny model learns to copy, not to compute.)
+(Affine maps mod 10 would not do: most have periods of at most 4.)
 
 Own tokens (all that the policy writes, its stop token included) are lognormal, ``median_tokens`` at the median and
 ``longest_tokens`` at the 99th percentile, which is also the maximum; a set takes the quantiles of that law evenly.
@@ -13,7 +13,8 @@ A token is one of ``training.models.train_tokenizer``, where digits, line ends a
 Demonstrations slip: each sum shows a wrong digit with probability ``slip``, then the chain goes on correctly from it,
 and the answer is that of the wrong chain. A policy warm-started on them slips as often when it is sampled at
 temperature 1, so that it gets k sums right about (1 - slip)^k of the time, and by lucky cancellation a tenth of the
-rest. RL can remove the slips. Credit is local, one digit among hundreds, which is what a critic is for.
+rest. RL can remove the slips. Credit is local, one digit among hundreds, which is what a critic is for. Greedy decoding
+does not slip: accuracy here is that of samples.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def held_out(start: str, count: int) -> bool:
 
 class LongChain:
     """``size`` and ``test_size`` rows at even quantiles of the law; difficulties are short (up to the median), middle
-    and long (above half the longest)."""
+    and long (above a quarter of the longest)."""
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class LongChain:
         text = QUESTION.format(start=start, count=f"{count:0{self._width}}")
         tokens = own_tokens(count, self._width)
         median, longest = self._law
-        difficulty = "short" if tokens <= median else "middle" if tokens <= longest / 2 else "long"
+        difficulty = "short" if tokens <= median else "middle" if tokens <= longest / 4 else "long"
         message: Message = {"role": "user", "content": text}
         extras = {"start": start, "count": count, "own_tokens": tokens}
         return Row(row_id(text), [message], chain(start, count)[-1], difficulty, extras)
