@@ -10,6 +10,7 @@ import numpy as np
 from rollout.buffer import Group
 from rollout.episode import Episode, ToolCall, ToolResult, Turn
 from rollout.plots import read_jsonl
+from training.advantages import Estimate
 from training.journal import Journal
 
 
@@ -33,9 +34,10 @@ def test_the_first_episode_of_each_group_can_be_read(tmp_path: Path) -> None:
     turns = [Turn("hm", "", [asked], [ToolResult(asked, "2", False, 0.1)]), Turn("", "2")]
     episodes = [Episode("p", "g", i, "1", turns=turns, rewards={"task": 1.0}, success=True) for i in range(2)]
     groups = [Group(f"g{i}", 2, 0, i, episodes) for i in range(3)]
-    advantages = [[[np.array([])], [np.array([])]], [[np.array([0.5, 0.5])], [np.array([-0.5])]], [[], []]]
+    each = [[[], []], [[0.5, 0.5], [-0.5]], [[], []]]
+    estimates = [[Estimate([np.array(values)]) for values in group] for group in each]
     journal = Journal(tmp_path)
-    journal.write_episodes(4, groups, advantages, 2)
+    journal.write_episodes(4, groups, estimates, 2)
     rows = read_jsonl(journal.episodes)
     assert [(row["step"], row["advantage"], row["sample"]) for row in rows] == [(4, 0.0, 0), (4, 0.5, 0)]
     call = {"name": "calculator", "arguments": {"expression": "1+1"}, "result": "2", "error": False}
