@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from hypothesis import strategies as st
 
 from rollout.chat import Chat
 from rollout.config import LimitsConfig
@@ -16,11 +19,12 @@ from rollout.engines import Generation, Sampling
 from rollout.engines.lockstep import Lockstep
 from rollout.engines.mailbox import Request
 from rollout.environment import Row
+from rollout.episode import Episode, program_id
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
 from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool, tool
-from rollout.window import Window
+from rollout.window import Ended, Window
 from training.models import train_tokenizer
 
 SETTLE = 40  # turns of the event loop in which everything that follows from a tick happens
@@ -28,6 +32,7 @@ FILLER = 400  # a token without meaning
 CALL_LENGTH = 8  # tokens of the shortest turn that calls a tool
 
 Script = Callable[[str, int], list[int]]  # (program, turn) → the tokens of that turn
+Turns = list[list[int]]
 
 
 @functools.cache
@@ -222,3 +227,40 @@ def jobs(prefix: str = "g") -> Iterator[Job]:
     while True:
         yield Job(Row(f"q{number}", [{"role": "user", "content": "?"}], ""), f"{prefix}{number}", 0)
         number += 1
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> Turns:
+    """Calls, of tools that take ticks or none, and an answer."""
+    asked = st.builds(calls, st.integers(0, 5), st.integers(CALL_LENGTH, 14))
+    return [*draw(st.lists(asked, max_size=2)), words(draw(st.integers(1, 14)))]
+
+
+def scripted(episodes: list[Turns]) -> Script:
+    return lambda program, turn: episodes[number(program) % len(episodes)][turn]
+
+
+def number(program: str) -> int:
+    return int(program.partition("/")[0][1:])
+
+
+class Ledger:
+    """The own tokens that each episode brings to training, window for window."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[tuple[int, float | None, int]]] = defaultdict(list)
+
+    def write(self, ended: Ended, version: int) -> None:
+        for episode in (*ended.finished, *ended.unfinished):
+            new = tokens_of(episode)[episode.sequences[0].trained :]
+            assert all(v == version for *_, v in new), "in the window that wrote it, with its version"
+            self.told[program_id(episode)] += new
+        for episode in ended.finished:
+            assert self.told[program_id(episode)] == tokens_of(episode), "once, with its log-prob"
+
+
+def tokens_of(episode: Episode) -> list[tuple[int, float | None, int]]:
+    """Token, log-prob and version of each own token."""
+    (sequence,) = episode.sequences
+    rows = zip(sequence.token_ids, sequence.behaviour_logprobs, sequence.versions, sequence.own_mask, strict=True)
+    return [(token, logprob, version) for token, logprob, version, own in rows if own]
