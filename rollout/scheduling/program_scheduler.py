@@ -1,7 +1,10 @@
 """vLLM's scheduler with programs in mind: retention and order. The mixin behind ``vllm_plugin.program_scheduler``.
 
-What is decided is in ``policies.py``; here it is carried out. Pins are references in the block pool. They go under
-pressure before any preemption, and on weight update, pause, reset and shutdown; nothing ever waits for a pin to end.
+What is decided is in ``policies.py``; here it is carried out. Pins are references in the block pool. A running request
+that needs a block takes those pins that the policy grants it before vLLM preempts anyone: ``Turnstile`` grants what is
+past its break-even, and younger jobs' than the youngest that runs; of the rest none goes while another request runs
+that can be preempted. The last one that runs, and who is admitted where nothing runs, may take any. Pins go on weight
+update, pause, reset and shutdown too; nothing ever waits for a pin to end.
 """
 
 from __future__ import annotations
@@ -319,7 +322,7 @@ class ProgramMixin(Scheduler):
     def _release_for(self, turn: Turn, request: Request, tokens: int, kwargs: dict[str, Any]) -> KVCacheBlocks | None:
         """Release pins in the policy's order until the allocation succeeds; none at all if all of them are too few."""
         load, running = self.load, request.status == RequestStatus.RUNNING
-        load.idle = not self.running
+        load.idle = len(self.running) == running  # nothing else runs: whom vLLM could preempt is the request itself
         if running:
             load.youngest = max(self.programs.turns[r.request_id].job.number for r in self.running)
         victims = self._victims(turn, running)

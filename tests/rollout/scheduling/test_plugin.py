@@ -223,6 +223,31 @@ def test_pins_go_before_a_running_request_is_preempted() -> None:
     check(driver.scheduler)
 
 
+def test_the_last_one_that_runs_takes_a_pin_rather_than_preempt_itself() -> None:
+    driver = driven("turnstile", num_blocks=11, settings={"k": 1e9})  # no pin is ever past its break-even
+    driver.ask("kept", [10] * 20, session="older")  # 5 of 10 blocks
+    driver.add(request("long", [11] * 8, 28, session="younger"), [12] * 27 + [EOS])  # grows to 9
+    while driver.live:
+        assert driver.step().total_num_scheduled_tokens, "an empty step"
+    count = driver.scheduler.counters
+    assert (count.pressure_releases, count.preemptions) == (1, 0)
+    check(driver.scheduler)
+
+
+def test_an_older_jobs_pin_outlives_a_younger_running_request() -> None:
+    driver = driven("turnstile", num_blocks=13, settings={"k": 1e9})
+    driver.ask("kept", [10] * 20, session="oldest")  # 5 of 12 blocks
+    for name in ("older", "younger"):
+        driver.add(request(name, [ord(name[0])] * 8, 12, session=name), [12] * 11 + [EOS])  # 5 blocks each
+    while len(driver.live) == 2:
+        driver.step()
+    count = driver.scheduler.counters
+    assert list(driver.live) == ["younger"] and len(driver.scheduler.pins) == 2
+    assert (count.pressure_releases, count.preemptions) == (0, 1)
+    driver.run()
+    check(driver.scheduler)
+
+
 def test_who_waits_takes_no_pin_if_all_of_them_are_too_few() -> None:
     driver = driven(num_blocks=21)
     last = {"last_turn": True}
