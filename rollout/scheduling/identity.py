@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rollout.scheduling.prefixes import PrefixIndex
 from rollout.scheduling.programs import LONGEST_NAME
-from rollout.scheduling.tool_names import ToolNames, label
+from rollout.scheduling.tool_names import ToolNames, Undecodable, decode, label
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-UNKNOWN = "unknown"  # the engine has no tokenizer: whether a tool was called is for the client to say
+log = logging.getLogger(__name__)
+UNKNOWN = "unknown"  # the engine has no tokenizer, or it raised: whether a tool was called is for the client to say
 INFERRED = "inferred-"  # how the names begin that are given to programs that have none
 STOP_TAIL = 64  # output tokens in which a stop string is looked for
 
@@ -23,6 +25,7 @@ class Identity:
         self._tokenizer = getattr(structured_output_manager, "tokenizer", None)  # absent with skip_tokenizer_init
         self._names = ToolNames(self._tokenizer) if self._tokenizer is not None else None
         self._prefixes = PrefixIndex(hash_block_size) if infer else None
+        self._told = False
 
     def program(self, request: Request) -> str | None:
         """vLLM's ``session_id``, or ``extra_args["session_id"]``; else by its prefix; None for a request on its own."""
@@ -42,7 +45,13 @@ class Identity:
 
     def tool_after(self, request: Request) -> str | None:
         """The tool that the output calls; None: it answers, and a person is next."""
-        return self._names.call(list(request.output_token_ids)) if self._names is not None else UNKNOWN
+        if self._names is None:
+            return UNKNOWN
+        try:
+            return self._names.call(request.output_token_ids)
+        except Undecodable as error:
+            self._tell(error)
+            return UNKNOWN
 
     def stopped_by_string(self, request: Request) -> bool:
         """A stop string ends a request in the front end, which aborts it here then, as for a client that left."""
@@ -50,7 +59,11 @@ class Identity:
         stops = [stops] if isinstance(stops, str) else stops
         if not stops or self._tokenizer is None:
             return False
-        text = self._tokenizer.decode(list(request.output_token_ids)[-STOP_TAIL:])
+        try:
+            text = decode(self._tokenizer, request.output_token_ids[-STOP_TAIL:])
+        except Undecodable as error:
+            self._tell(error)
+            return False
         return any(stop in text for stop in stops)
 
     def finished(self, request: Request, name: str | None) -> str | None:
@@ -63,6 +76,11 @@ class Identity:
         name = name or self._prefixes.name()
         self._prefixes.finished(name, request.num_prompt_tokens, request.all_token_ids, request.block_hashes)
         return name
+
+    def _tell(self, error: Undecodable) -> None:
+        if not self._told:
+            log.warning("the tokenizer cannot read an output (%s): what such turns call is for clients to say", error)
+            self._told = True
 
     def _taken(self, name: str) -> bool:
         return self._prefixes is not None and name.startswith(INFERRED)

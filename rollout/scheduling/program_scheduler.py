@@ -230,10 +230,11 @@ class ProgramMixin(Scheduler):
         now = self.load.now = self.programs.clock(self.clock())
         program, job = turn.program, turn.job
         aborted = request.status in (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
-        if aborted and self.identity.stopped_by_string(request):
+        matters = not program.anonymous or self.options.infer_programs  # else it goes, whatever it has written
+        if aborted and matters and self.identity.stopped_by_string(request):
             aborted = False
             self.counters.string_stops += not program.anonymous
-        tool = None if aborted or turn.last else self.tool_of(request)
+        tool = self.tool_of(request) if matters and not (aborted or turn.last) else None
         computed = turn.running and request.num_computed_tokens > 0
         self.programs.finish(turn, now, tool=tool, aborted=aborted)
         name = self.identity.finished(request, None if program.anonymous else program.id)

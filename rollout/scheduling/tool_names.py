@@ -29,7 +29,8 @@ MARKERS = (
     " to=functions.",  # gpt-oss
 )
 UNKNOWN = "unknown"  # a call whose name cannot be read: still a call, the agent's loop will answer it
-MOST_DECODED = 2048  # tokens of an output; of a longer one the first and the last half of these
+MOST_DECODED = 2048  # tokens of an output that has start tokens, in all its calls
+OPENING, ENDING = 128, 384  # tokens of an output without one: a call stands at its end, or is most of it
 HEAD = 48  # tokens decoded behind a start token: enough for a name
 MOST_CALLS = 16  # parallel calls that are read
 MOST_NAMES = 3  # of them that make the key
@@ -76,6 +77,21 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
 
+class Undecodable(Exception):
+    """The tokenizer raised at what a model wrote."""
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of any ids; negative ones, vLLM's placeholders, are left out. Raises Undecodable."""
+    try:
+        return str(tokenizer.decode([token for token in ids if token >= 0]))
+    except Exception as error:
+        # A tokenizer is a stranger's code, often the checkpoint's own, that raises what it likes at ids which it has no
+        # word for. This is called in the engine core's loop, where an exception ends every client's request; what it
+        # said is told once, by ``Identity``.
+        raise Undecodable(f"{type(error).__name__}: {error}") from error
+
+
 class ToolNames:
     """Reads the called tool off an output.
 
@@ -95,14 +111,16 @@ class ToolNames:
 
         Calls inside thoughts do not count. The first kind of marker in the output is the one that counts. Several calls
         make one key, for their gap lasts as long as the slowest: unique names, sorted, joined by ``+``, at most three.
-        A call whose name cannot be read is ``unknown``. Any ids are taken; at most ``MOST_DECODED`` are decoded.
+        A call whose name cannot be read is ``unknown``. Any ids are taken; at most ``MOST_DECODED`` are decoded, or
+        ``OPENING`` and ``ENDING`` where no token starts a call. Raises Undecodable.
         """
         ids = list(token_ids)
         tags = [(i, i + 1, self._tags[token]) for i, token in enumerate(ids) if token in self._tags]
         ids = [token for start, end in _spoken(len(ids), tags) for token in ids[start:end]]
         names = self._behind_tokens(ids)
         if not names:
-            text = self._decode(ids)
+            parts = [ids] if len(ids) <= OPENING + ENDING else [ids[:OPENING], ids[-ENDING:]]
+            text = "\n".join(map(self._decode, parts))
             spans = _spoken(len(text), [(m.start(), m.end(), m[0] in _CLOSING) for m in _TAG.finditer(text)])
             names = self._in_text("".join(text[start:end] for start, end in spans))
         if not names:
@@ -137,9 +155,7 @@ class ToolNames:
         return []
 
     def _decode(self, ids: list[int]) -> str:
-        half = MOST_DECODED // 2
-        parts = [ids] if len(ids) <= MOST_DECODED else [ids[:half], ids[-half:]]
-        return "\n".join(self._tokenizer.decode([token for token in part if token >= 0]) for part in parts)
+        return decode(self._tokenizer, ids)
 
 
 def _spoken(length: int, tags: Iterable[tuple[int, int, bool]]) -> list[tuple[int, int]]:

@@ -203,6 +203,57 @@ def test_programs_are_inferred_from_prompts(depth: int) -> None:
     check(scheduler)
 
 
+class Reader:
+    """The tokenizer, and what it was asked to decode. A ``broken`` one raises."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken, self.read = broken, list[int]()
+
+    def get_vocab(self) -> dict[str, int]:
+        return tokenizer().get_vocab()
+
+    def decode(self, ids: list[int]) -> str:
+        if self.broken:
+            raise OverflowError("out of range integral type conversion attempted")
+        self.read += ids
+        return tokenizer().decode(ids)
+
+
+def test_what_requests_wrote_that_name_nothing_is_not_read() -> None:
+    reader = Reader()
+    driver = driven(tokenizer=reader)
+    driver.ask("one", [10] * 9, CALL, session="s")
+    assert reader.read
+    reader.read.clear()
+    driver.ask("two", [11] * 9, [*said("an answer of many words"), EOS])
+    driver.add(request("three", [12] * 9, 60, stop=["STOP"]), said("an answer and STOP and more of it"))
+    for _ in range(20):
+        driver.step()
+    driver.abort("three")
+    assert not reader.read
+    inferring = driven(tokenizer=reader, settings={"infer_programs": True})
+    inferring.ask("one", [10] * 9, CALL, session="s")
+    inferring.ask("two", [11] * 9, CALL)
+    assert reader.read and len(inferring.scheduler.programs) == 2
+
+
+def test_a_tokenizer_that_raises_does_not_stop_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    driver = driven(tokenizer=Reader(broken=True))
+    for name in "abc":
+        tokens = driver.ask(name, [10] * 9, [*said("it is done"), EOS], session=name)
+    driver.add(request("left", [12] * 9, 60, session="d", stop=["STOP"]), said("an answer and STOP and more of it"))
+    for _ in range(20):
+        driver.step()
+    driver.abort("left")
+    count = driver.scheduler.counters
+    assert (count.jobs, count.aborts, len(driver.scheduler.pins)) == (1, 1, 3)
+    assert driver.scheduler.programs.get("c").tool == "unknown", "its client may go on"
+    driver.ask("c2", [*tokens, 9], session="c", extra_args={"tool": "pytest"})
+    assert count.claims == 1
+    told = [record.message for record in caplog.records if record.name.startswith("rollout.scheduling")]
+    assert len(told) == 1 and "OverflowError" in told[0] and "\n" not in told[0]
+
+
 def test_requests_that_name_nothing_leave_nothing_behind() -> None:
     driver = driven()
     driver.ask("one", [10] * 9, session="s")

@@ -200,6 +200,14 @@ def test_what_is_decoded_is_bounded(text: str) -> None:
         assert tokenizer.decoded <= MOST_DECODED
 
 
+def test_few_tokens_are_decoded_where_no_token_starts_a_call() -> None:
+    tokenizer = Counted(())
+    most = tool_names.OPENING + tool_names.ENDING
+    assert called(tokenizer, "word " * most) is None and tokenizer.decoded == most
+    call = hermes("write", path="f")
+    assert called(tokenizer, "word " * most + call) == called(tokenizer, call + "word " * most) == "write"
+
+
 def test_a_long_block_is_known_by_its_beginning() -> None:
     block = "```bash\ncat > f <<'EOF'\n" + "word\n" * MOST_DECODED + "EOF\n```"
     assert called(TOKENIZERS["tokens"], block) == "cat"
@@ -227,6 +235,15 @@ def test_own_markers() -> None:
 )
 def test_labels(name: str, expected: str) -> None:
     assert label(name) == expected
+
+
+def test_what_a_tokenizer_raises_has_one_name() -> None:
+    class Strange(Counted):
+        def decode(self, ids: list[int]) -> str:
+            raise OverflowError("id 9")
+
+    with pytest.raises(tool_names.Undecodable, match="OverflowError: id 9"):
+        called(Strange(SPECIAL), hermes("search"))
 
 
 PIECES = st.lists(
