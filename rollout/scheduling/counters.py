@@ -68,7 +68,7 @@ GAUGES = {
     "pins_now": "Pins at the moment: programs whose KV is kept.",
     "programs_waiting": "Programs with a turn in the waiting queue. Endless growth: overload; add an engine.",
     "programs_running": "Programs with a turn in the running batch.",
-    "programs_in_tool": "Programs in a job but with no turn in the engine: a tool runs.",
+    "programs_in_tool": "Programs in a job but without a turn in the engine: a tool runs. Counted for half an hour.",
     "mean_running": "Moving mean of running requests, as the policy sees it.",
     "rebuild_seconds_per_1k_tokens": "Seconds to compute 1,000 tokens again, as learnt. Absent until steps were seen.",
 }

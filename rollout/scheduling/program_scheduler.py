@@ -189,12 +189,11 @@ class ProgramMixin(Scheduler):
 
     def _arrive(self, request: Request, name: str | None) -> None:
         now = self.programs.clock(self.clock())
-        before = len(self.programs)
         tool = self.identity.tool_before(request)
         turn = self.programs.arrive(request.request_id, name, request.num_tokens, now, tool)
         turn.priority, turn.last = request.priority, self.identity.last_turn(request)
         if name is not None:
-            self.counters.programs += len(self.programs) > before
+            self.counters.programs += turn.program.turns == 1
             self.counters.turns += 1
         if self.policy == SchedulingPolicy.PRIORITY:
             request.arrival_time = float(turn.job.number)  # vLLM preempts the last by (priority, arrival)
@@ -292,6 +291,7 @@ class ProgramMixin(Scheduler):
         """Bring order and load up to date before vLLM's loop reads them."""
         load, turns = self.load, self.programs.turns
         self.pins.expire(now)
+        self.programs.tidy(now)
         load.waiting = len(self.waiting)
         if self.running:
             load.running += (len(self.running) - load.running) / RUNNING_STEPS
@@ -407,15 +407,15 @@ class ProgramMixin(Scheduler):
     def gauges(self) -> dict[str, float | None]:
         """What the metrics show of this moment."""
         pins, blocks = self.pins.count(self.load.now)
-        states = self.programs.states() if self.active else (0, 0, 0)
+        waiting, running, in_tool = self.programs.states()
         return {
             "pins_now": pins,
             "pinned_blocks": blocks,
             "pinned_tokens": blocks * self.block_size,
             "pool_blocks": self._pool_blocks,
-            "programs_waiting": states[0],
-            "programs_running": states[1],
-            "programs_in_tool": states[2],
+            "programs_waiting": waiting,
+            "programs_running": running,
+            "programs_in_tool": in_tool,
             "mean_running": self.load.running,
             "rebuild_seconds_per_1k_tokens": self.rebuild(1000) if self.rebuild.settled else None,
         }

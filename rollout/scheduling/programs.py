@@ -25,7 +25,8 @@ from rollout.scheduling.latency import PERSON, ToolLatencies
 RELEASE = "turnstile-release:"  # an abort of a request of this id releases the program named after it
 LONGEST_NAME = 256  # characters of a program's name
 MOST_PROGRAMS = 65_536  # idle programs remembered beyond this many are forgotten, oldest first
-
+FORGOTTEN_AFTER = 1800.0  # seconds without a turn: then no tool is thought to run, and who keeps no KV is forgotten
+LOOKS = 4  # idle programs looked at in a go: the old ones go a few at a time, so that no step pays for many
 
 Marks = tuple[tuple[int, Any], ...]  # (tokens, hash of the block that ends there): ends of a turn and of its prompt
 
@@ -95,8 +96,10 @@ class Program:
     seen: float = 0.0  # last sign of life
     tool: str | None = None  # what the last turn called; PERSON for none
     job_ended: bool = False
+    away: bool = False  # idle for so long that it may never come back
     marks: Marks = ()  # of its last turn: what a later prompt that holds them had computed before
     pins: list[Pin] = field(default_factory=list)
+    counted: tuple[bool, bool, bool] = (False, False, False)  # in ``Programs.states``
 
     @property
     def live(self) -> int:
@@ -136,6 +139,8 @@ class Programs:
         self.latencies = latencies
         self.turns: dict[str, Turn] = {}
         self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._idle: OrderedDict[str, Program] = OrderedDict()  # without a turn in the engine; longest idle first
+        self._states = [0, 0, 0]
         self._now = -math.inf
         self._arrivals = 0
         self._jobs = 0
@@ -165,6 +170,7 @@ class Programs:
             self._programs[key] = program
         elif not program.live:
             self._close_gap(program, now, tool)
+            del self._idle[key]
         self._programs.move_to_end(key)
         job = program.job
         turn = Turn(request_id, program, job, now, tokens, self._arrivals, first=job.turns == 0, since=now)
@@ -174,7 +180,8 @@ class Programs:
         program.waiting += 1
         program.seen = now
         self.turns[request_id] = turn
-        self._forget()
+        self._count(program)
+        self.tidy(now)
         return turn
 
     def admit(self, turn: Turn, now: float) -> float:
@@ -185,6 +192,7 @@ class Programs:
         turn.job.waited += waited
         turn.program.waiting -= 1
         turn.program.running += 1
+        self._count(turn.program)
         return waited
 
     def preempt(self, turn: Turn, now: float) -> None:
@@ -199,6 +207,7 @@ class Programs:
         turn.program.served += now - turn.admitted
         turn.program.running -= 1
         turn.program.waiting += 1
+        self._count(turn.program)
 
     def finish(self, turn: Turn, now: float, *, tool: str | None, aborted: bool) -> None:
         """A turn left the engine. ``tool`` is what it called; with None the job is over."""
@@ -215,6 +224,9 @@ class Programs:
         program.seen = now
         program.tool = tool or PERSON
         program.job_ended = (tool is None or turn.last or aborted) and not program.live
+        if not program.live:
+            self._idle[program.id] = program
+        self._count(program)
 
     def last(self, program: Program) -> None:
         """Nobody will come back to it: its turns in the engine are its last."""
@@ -225,20 +237,48 @@ class Programs:
     def forget(self, program: Program) -> None:
         """Drop a program that is gone; one with turns in the engine stays until they end."""
         if not program.live:
-            program.job_ended = True  # for a policy that still counts it
+            program.job_ended = program.away = True  # for a policy that still counts it
             self._programs.pop(program.id, None)
+            self._idle.pop(program.id, None)
+            self._count(program)
+
+    def tidy(self, now: float) -> None:
+        """Forget who has been idle for long or is one too many. Call it often: each call does little.
+
+        Those that KV is kept for stay: they pass to the young end, to be looked at when they are at the old one again.
+        """
+        for _ in range(LOOKS):
+            oldest = next(iter(self._idle.values()), None)
+            if oldest is None:
+                return
+            late = now >= oldest.seen + FORGOTTEN_AFTER
+            if not late and len(self._programs) <= MOST_PROGRAMS:
+                return
+            if oldest.pins:
+                oldest.away |= late
+                self._count(oldest)
+                self._idle.move_to_end(oldest.id)
+            else:
+                self.forget(oldest)
 
     def rename(self, program: Program, name: str) -> None:
-        """A program of one turn turns out to go on: it gets a name."""
-        del self._programs[program.id]
+        """A program of one turn, which has ended, turns out to go on: it gets a name."""
+        del self._programs[program.id], self._idle[program.id]
         program.id, program.anonymous = name, False
-        self._programs[name] = program
+        self._programs[name] = self._idle[name] = program
 
     def states(self) -> tuple[int, int, int]:
         """How many programs have a turn waiting, a turn running, and neither though their job goes on."""
-        waiting = sum(p.waiting > 0 for p in self)
-        running = sum(p.running > 0 for p in self)
-        return waiting, running, sum(not p.live and not p.job_ended for p in self)
+        waiting, running, in_tool = self._states
+        return waiting, running, in_tool
+
+    def _count(self, program: Program) -> None:
+        """Keep ``states`` up to date after a change, for a walk over all programs takes longer than a step."""
+        before = program.counted
+        in_tool = not (program.live or program.job_ended or program.away)
+        after = program.counted = (program.waiting > 0, program.running > 0, in_tool)
+        if after != before:
+            self._states = [n - was + is_ for n, was, is_ in zip(self._states, before, after, strict=True)]
 
     def _job(self, now: float) -> Job:
         self._jobs += 1
@@ -251,11 +291,4 @@ class Programs:
             program.job = self._job(now)
         else:
             program.job.gaps += gap
-        program.job_ended = False
-
-    def _forget(self) -> None:
-        while len(self._programs) > MOST_PROGRAMS:
-            oldest = next((p for p in self._programs.values() if not p.live and not p.pins), None)
-            if oldest is None:
-                return
-            self.forget(oldest)
+        program.job_ended = program.away = False

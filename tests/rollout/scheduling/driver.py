@@ -267,6 +267,9 @@ def check(scheduler: Any) -> None:
     assert sum(program.waiting for program in programs) == sum(not turn.running for turn in turns.values())
     assert sum(program.running for program in programs) == sum(turn.running for turn in turns.values())
     assert all(program.waiting >= 0 and program.running >= 0 for program in programs)
+    tools = sum(not (program.live or program.job_ended or program.away) for program in programs)
+    states = sum(program.waiting > 0 for program in programs), sum(program.running > 0 for program in programs), tools
+    assert scheduler.programs.states() == states
     if scheduler.active:
         assert turns.keys() == {name for name, made in scheduler.requests.items() if not made.is_finished()}
         assert {name for name, turn in turns.items() if turn.running} == {r.request_id for r in scheduler.running}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -165,6 +166,33 @@ def test_idle_programs_beyond_the_most_are_forgotten_oldest_first(
     assert [program.id for program in programs] == ["live", "s3", "s0"] and turn.program is idle[0]
 
 
+def test_who_is_idle_for_long_is_forgotten_a_few_in_a_go(programs: Programs) -> None:
+    live = programs.arrive("live", "live", 10, 0.0)
+    for i in range(20):
+        turn = programs.arrive(f"t{i}", f"s{i}", 10, float(i))
+        programs.finish(turn, float(i), tool="bash", aborted=False)
+        if i == 3:
+            turn.program.pins.append(Pin(turn.program, [object()], (), 4, 1, 1.0, 0.0))
+    assert programs.states() == (1, 0, 20)
+    pinned = programs.get("s3")
+    now = 9.0 + module.FORGOTTEN_AFTER
+    sizes = []
+    for _ in range(10):
+        programs.tidy(programs.clock(now))
+        sizes.append(len(programs))
+    assert max(a - b for a, b in itertools.pairwise([21, *sizes])) <= module.LOOKS
+    assert [program.id for program in programs] == ["live", "s3", *(f"s{i}" for i in range(10, 20))]
+    assert programs.states() == (1, 0, 10), "whose KV is kept is remembered, and no tool is thought to run"
+    assert pinned is not None and not pinned.job_ended and live.program.live
+    assert programs.arrive("again", "s3", 10, now).job is pinned.job and not pinned.away
+    assert programs.states() == (2, 0, 10)
+    pinned.pins.clear()
+    programs.finish(programs.turns["again"], now, tool="bash", aborted=False)
+    for _ in range(10):
+        programs.tidy(programs.clock(now + module.FORGOTTEN_AFTER))
+    assert [program.id for program in programs] == ["live"] and programs.states() == (1, 0, 0)
+
+
 def test_a_pin_is_as_old_as_its_job_and_a_persons_is_the_youngest(programs: Programs) -> None:
     client = Client(programs)
     turn = client.turn(0.0, 0.0, 1.0, "bash")
@@ -195,13 +223,19 @@ def test_states(programs: Programs) -> None:
     assert programs.states() == (2, 2, 1) and waiting.program.waiting == 1
 
 
+def counted(programs: Programs) -> tuple[int, int, int]:
+    """``states`` by a walk over all programs."""
+    tools = sum(not (p.waiting or p.running or p.job_ended or p.away) for p in programs)
+    return sum(p.waiting > 0 for p in programs), sum(p.running > 0 for p in programs), tools
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["arrive", "admit", "preempt", "finish"]),
+            st.sampled_from(["arrive", "admit", "preempt", "set aside", "finish", "forget", "tidy", "pin"]),
             st.integers(0, 5),
-            st.floats(-5, 50, allow_nan=False),
+            st.one_of(st.floats(-5, 50, allow_nan=False), st.floats(0, 9000, allow_nan=False)),
             st.sampled_from([None, "bash"]),
         ),
         max_size=80,
@@ -212,19 +246,29 @@ def test_books_balance_over_any_life(events: list[tuple[str, int, float, str | N
     live: list[Turn] = []
     gaps: dict[int, float] = {}
     for number, (what, who, now, tool) in enumerate(events):
+        turn = live[who % len(live)] if live else None
         if what == "arrive":
             live.append(programs.arrive(f"r{number}", f"s{who % 3}" if who < 5 else None, 10, now))
+        elif what == "tidy":
+            programs.tidy(programs.clock(now))
+        elif what == "forget":
+            for program in list(programs)[:1]:
+                programs.forget(program)
+        elif what == "pin":
+            for program in list(programs)[-1:]:
+                program.pins[:] = [] if program.pins else [Pin(program, [object()], (), 4, 1, 1.0, 0.0)]
+        elif turn is None:
             continue
-        if not live:
-            continue
-        turn = live[who % len(live)]
-        if what == "admit" and not turn.running:
+        elif what == "admit" and not turn.running:
             assert programs.admit(turn, now) >= 0
         elif what == "preempt" and turn.running:
             programs.preempt(turn, now)
+        elif what == "set aside" and turn.running:
+            programs.set_aside(turn, now)
         elif what == "finish":
             programs.finish(turn, now, tool=tool, aborted=False)
             live.remove(turn)
+        assert programs.states() == counted(programs)
         for program in programs:
             mine = [turn for turn in live if turn.program is program]
             assert program.waiting == sum(not turn.running for turn in mine)
