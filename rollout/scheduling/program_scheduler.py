@@ -374,11 +374,19 @@ class ProgramMixin(Scheduler):
                 turn.job.reused += hits
 
     def _work(self, output: SchedulerOutput) -> tuple[int, int, int]:
-        """(prefill tokens, Σ prefill tokens × context, decoding requests) of a step."""
+        """(prefill tokens, Σ prefill tokens × context, decoding requests) of a step.
+
+        Who decodes computes the one known token that is left, and drafts behind it if decoding is speculative; who
+        resumes after a preemption computes its own answer again as it does its prompt.
+        """
         scheduled = output.num_scheduled_tokens
         if output.total_num_scheduled_tokens == len(scheduled):
             return 0, 0, len(scheduled)
-        prefill = [(n, self.requests[rid].num_computed_tokens) for rid, n in scheduled.items() if n > 1]
+        prefill = [
+            (n, request.num_computed_tokens)
+            for name, n in scheduled.items()
+            if n > 1 and (request := self.requests[name]).num_computed_tokens - n < request.num_tokens - 1
+        ]
         tokens = sum(n for n, _ in prefill)
         return tokens, sum(n * (done - n // 2) for n, done in prefill), len(scheduled) - len(prefill)
 
