@@ -11,6 +11,7 @@ import vllm
 from vllm import SamplingParams
 from vllm.config import CacheConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.interface import PauseState
@@ -38,9 +39,16 @@ METHODS: dict[type, dict[str, tuple[str, ...]]] = {
         "_handle_stopped_request": ("request",),
     },
     KVCacheManager: {
-        "allocate_slots": ("request", "num_new_tokens", "num_new_computed_tokens", "delay_cache_blocks"),
+        "allocate_slots": ("request", "num_new_tokens", "num_new_computed_tokens", "new_computed_blocks",
+                           "num_external_computed_tokens", "num_encoder_tokens", "num_lookahead_tokens",
+                           "reserved_blocks", "full_sequence_must_fit", "has_scheduled_reqs", "delay_cache_blocks"),
         "get_blocks": ("request_id",),
         "estimate_cached_tokens": ("request",),
+    },
+    KVCacheCoordinator: {
+        "get_num_blocks_to_allocate": (
+            "request_id", "num_tokens", "new_computed_blocks", "num_encoder_tokens", "total_computed_tokens",
+            "num_local_computed_tokens", "num_tokens_main_model", "apply_admission_cap", "prefill_end"),
     },
     BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",), "get_num_free_blocks": ()},
     FreeKVCacheBlockQueue: {"prepend_n": ("blocks",)},
@@ -53,7 +61,7 @@ METHODS: dict[type, dict[str, tuple[str, ...]]] = {
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     Scheduler: ("waiting", "kv_holding_waiting", "running", "requests", "policy", "kv_cache_manager", "block_size",
                 "hash_block_size", "structured_output_manager", "parallel_config"),
-    KVCacheManager: ("block_pool",),
+    KVCacheManager: ("block_pool", "coordinator", "empty_kv_cache_blocks", "max_model_len", "watermark_blocks"),
     KVCacheBlocks: ("blocks",),
     BlockPool: ("free_block_queue", "num_gpu_blocks"),
     FreeKVCacheBlockQueue: ("fake_free_list_tail", "num_free_blocks"),

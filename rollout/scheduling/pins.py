@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rollout.scheduling.counters import Counters
@@ -56,6 +56,25 @@ class Pins:
     def fresh(self, blocks: Iterable[KVCacheBlock]) -> int:
         """How many of these no pin holds yet."""
         return sum(block.block_id not in self._held for block in blocks)
+
+    def suffice(self, pins: Sequence[Pin], missing: int, hits: Iterable[Iterable[KVCacheBlock]]) -> bool:
+        """Whether ``missing`` blocks come free if all these pins go.
+
+        A block comes free with the last reference to it. The ``hits`` of the request that asks do not: it takes them.
+        """
+        if sum(len(pin.blocks) for pin in pins) < missing:
+            return False
+        taken = {block.block_id for group in hits for block in group}
+        left: dict[int, int] = {}  # references to the blocks that have several
+        for pin in pins:
+            for block in pin.blocks:
+                references = block.ref_cnt
+                if references > 1:
+                    references = left[block.block_id] = left.get(block.block_id, references + 1) - 1
+                missing -= references == 1 and block.block_id not in taken
+            if missing <= 0:
+                return True
+        return missing <= 0
 
     def add(self, pin: Pin) -> bool:
         """Take one reference to each block, which its request still references. False beyond the capacity."""

@@ -33,6 +33,7 @@ from rollout.scheduling.policies import Load
 from rollout.scheduling.program_queue import ProgramQueue
 from rollout.scheduling.programs import RELEASE, Job, Marks, Pin, Program, Programs, Turn
 from rollout.scheduling.rebuild import RebuildTime
+from rollout.scheduling.shortage import missing_blocks
 
 log = logging.getLogger(__name__)
 RUNNING_STEPS = 64  # steps over which the mean of running requests moves
@@ -321,19 +322,16 @@ class ProgramMixin(Scheduler):
         return blocks
 
     def _release_for(self, turn: Turn, request: Request, tokens: int, kwargs: dict[str, Any]) -> KVCacheBlocks | None:
-        """Release pins in the policy's order until the allocation succeeds; none at all if all of them are too few."""
+        """Release pins in the policy's order until the allocation succeeds; for who waits, none if all are too few."""
         load, running = self.load, request.status == RequestStatus.RUNNING
         load.idle = len(self.running) == running  # nothing else runs: whom vLLM could preempt is the request itself
         if running:
             load.youngest = max(self.programs.turns[r.request_id].job.number for r in self.running)
         victims = self._victims(turn, running)
-        if not running and not load.idle:
-            hits = kwargs.get("num_new_computed_tokens", 0)
-            missing = (
-                -(-(request.num_tokens - hits) // self.block_size)
-                - self.kv_cache_manager.block_pool.get_num_free_blocks()
-            )
-            if sum(pin.fresh for pin in victims) < missing:
+        if victims and not (running or load.idle):
+            hits = kwargs.get("new_computed_blocks") or self.kv_cache_manager.empty_kv_cache_blocks
+            missing = missing_blocks(self.kv_cache_manager, request, tokens, kwargs)
+            if not self.pins.suffice(victims, missing, hits.blocks):
                 return None
         for pin in victims:
             self.pins.remove(pin)

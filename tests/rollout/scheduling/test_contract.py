@@ -12,6 +12,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import CacheConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.sched.interface import PauseState
@@ -25,14 +26,15 @@ from rollout.scheduling import contract, program_scheduler
 from tests.rollout.scheduling.driver import build
 
 PACKAGE = Path(program_scheduler.__file__).parent
-MODULES = ("program_scheduler", "vllm_plugin", "pins", "program_queue", "identity", "contract")
+MODULES = ("program_scheduler", "vllm_plugin", "pins", "program_queue", "identity", "shortage", "contract")
 
 # How the plug-in calls what is vLLM's.
 NAMES: dict[str, type] = {
     "request": Request, "block": KVCacheBlock, "place": KVCacheBlock, "following": KVCacheBlock, "pool": BlockPool,
     "_pool": BlockPool, "block_pool": BlockPool, "queue": FreeKVCacheBlockQueue,
     "free_block_queue": FreeKVCacheBlockQueue,
-    "kv_cache_manager": KVCacheManager, "output": SchedulerOutput, "scheduler_output": SchedulerOutput,
+    "kv_cache_manager": KVCacheManager, "manager": KVCacheManager, "coordinator": KVCacheCoordinator,
+    "output": SchedulerOutput, "scheduler_output": SchedulerOutput,
     "sampling_params": SamplingParams, "config": VllmConfig, "vllm_config": VllmConfig, "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig, "parallel_config": ParallelConfig, "RequestStatus": RequestStatus,
     "PauseState": PauseState, "SchedulingPolicy": SchedulingPolicy,
@@ -142,6 +144,7 @@ def test_the_classes_that_are_named_are_the_engines() -> None:
     pool = scheduler.kv_cache_manager.block_pool
     for thing, owner in (
         (scheduler, Scheduler), (scheduler.kv_cache_manager, KVCacheManager), (pool, BlockPool),
+        (scheduler.kv_cache_manager.coordinator, KVCacheCoordinator),
         (pool.free_block_queue, FreeKVCacheBlockQueue), (pool.blocks[1], KVCacheBlock),
         (scheduler.waiting, RequestQueue), (scheduler.kv_cache_manager.get_blocks("x"), KVCacheBlocks),
     ):  # fmt: skip

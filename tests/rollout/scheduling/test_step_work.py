@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.v1.outputs import DraftTokenIds
 
-from tests.rollout.scheduling.driver import EOS, Driver, build, request
+from tests.rollout.scheduling.driver import Driver, build, request
 
 DRAFTS = 3
 
@@ -33,7 +33,7 @@ class Speculating(Driver):
 @pytest.mark.parametrize("drafts", [0, DRAFTS])
 def test_a_chunk_of_a_prompt_is_prefill_and_drafts_are_not(depth: int, drafts: int) -> None:
     driver = Speculating(depth, drafts)
-    driver.ask("one", [10] * 20, [11] * 9 + [EOS], session="s")
+    driver.ask("one", [10] * 20, [11] * 10, session="s")
     assert driver.work[:3] == [(8, 8 * 4, 0), (8, 8 * 12, 0), (4, 4 * 18, 0)], "tokens × context in their middle"
     assert len(driver.work) >= 12 and set(driver.work[3:]) == {(0, 0, 1)}
 
