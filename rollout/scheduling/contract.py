@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -19,6 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
 from rollout.errors import UserError
 
@@ -77,14 +79,24 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     VllmConfig: ("cache_config", "scheduler_config", "additional_config"),
     CacheConfig: ("enable_prefix_caching",),
     SchedulerConfig: ("async_scheduling", "policy"),
+    StructuredOutputManager: ("tokenizer",),
     ParallelConfig: ("data_parallel_index",),
 }  # fmt: skip
+
+# Module → what its source says: a release, and the numbers on /metrics, pass through the front end. It is read and not
+# imported, for an engine core has none.
+WORDS: dict[str, tuple[str, ...]] = {
+    "v1/engine/core.py": ("def abort_requests(self, request_ids",),
+    "v1/engine/core_client.py": ("async def call_utility_async(self, method",),
+    "v1/engine/async_llm.py": ("self.engine_core =",),
+    "entrypoints/launchers/api_server/app_state.py": ("state.engine_client =", "state.vllm_config ="),
+}
 
 _source = functools.cache(inspect.getsource)  # half a second for all of them: it parses whole files
 
 
 def missing() -> list[str]:
-    """Names that this vLLM lacks: ``Class.method``, ``Class.method(parameter)`` or ``Class.attribute``."""
+    """What this vLLM lacks: ``Class.method``, ``Class.method(parameter)``, ``Class.attribute``, words of a module."""
     lacking = []
     for owner, methods in METHODS.items():
         for name, parameters in methods.items():
@@ -97,7 +109,15 @@ def missing() -> list[str]:
             lacking += [f"{owner.__name__}.{name}({x})" for x in parameters if x not in there]
     for owner, names in ATTRIBUTES.items():
         lacking += [f"{owner.__name__}.{x}" for x in names if not hasattr(owner, x) and not _sets(_source(owner), x)]
+    for module, words in WORDS.items():
+        lacking += [f'"{x}" in {module}' for x in words if x not in _text(module)]
     return lacking
+
+
+@functools.cache
+def _text(module: str) -> str:
+    path = Path(vllm.__file__).parent / module
+    return path.read_text() if path.exists() else ""
 
 
 @functools.cache

@@ -22,7 +22,8 @@ class Identity:
     """``infer``: requests without a name belong to the program whose finished request they extend."""
 
     def __init__(self, structured_output_manager: Any, hash_block_size: int, *, infer: bool) -> None:
-        self._tokenizer = getattr(structured_output_manager, "tokenizer", None)  # absent with skip_tokenizer_init
+        there = hasattr(structured_output_manager, "tokenizer")  # not with skip_tokenizer_init
+        self._tokenizer = structured_output_manager.tokenizer if there else None
         self._names = ToolNames(self._tokenizer) if self._tokenizer is not None else None
         self._prefixes = PrefixIndex(hash_block_size) if infer else None
         self._told = False
@@ -50,7 +51,7 @@ class Identity:
         try:
             return self._names.call(request.output_token_ids)
         except Undecodable as error:
-            self._tell(error)
+            self._tell(f"the tokenizer cannot read an output ({error})")
             return UNKNOWN
 
     def stopped_by_string(self, request: Request) -> bool:
@@ -62,7 +63,7 @@ class Identity:
         try:
             text = decode(self._tokenizer, request.output_token_ids[-STOP_TAIL:])
         except Undecodable as error:
-            self._tell(error)
+            self._tell(f"the tokenizer cannot read an output ({error})")
             return False
         return any(stop in text for stop in stops)
 
@@ -77,9 +78,15 @@ class Identity:
         self._prefixes.finished(name, request.num_prompt_tokens, request.all_token_ids, request.block_hashes)
         return name
 
-    def _tell(self, error: Undecodable) -> None:
+    def goes_on_unsaid(self) -> None:
+        """A program goes on, and its client does not say after which tool: then it is for the tokenizer to know."""
+        if self._names is None:
+            self._tell("the engine has no tokenizer")
+
+    def _tell(self, cause: str) -> None:
+        """Once: it will be so again and again."""
         if not self._told:
-            log.warning("the tokenizer cannot read an output (%s): what such turns call is for clients to say", error)
+            log.warning("%s: what a turn calls, and that a job is over, is for clients to say (tool, last_turn)", cause)
             self._told = True
 
     def _taken(self, name: str) -> bool:

@@ -195,6 +195,8 @@ class ProgramMixin(Scheduler):
         turn.priority, turn.last = request.priority, self.identity.last_turn(request)
         if name is not None:
             self.counters.programs += turn.program.turns == 1
+            if tool is None and turn.program.turns > 1:
+                self.identity.goes_on_unsaid()
             self.counters.turns += 1
         if self.policy == SchedulingPolicy.PRIORITY:
             request.arrival_time = float(turn.job.number)  # vLLM preempts the last by (priority, arrival)

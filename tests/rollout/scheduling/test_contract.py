@@ -20,6 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
 from rollout.errors import UserError
 from rollout.scheduling import contract, program_scheduler
@@ -38,6 +39,7 @@ NAMES: dict[str, type] = {
     "sampling_params": SamplingParams, "config": VllmConfig, "vllm_config": VllmConfig, "cache_config": CacheConfig,
     "scheduler_config": SchedulerConfig, "parallel_config": ParallelConfig, "RequestStatus": RequestStatus,
     "PauseState": PauseState, "SchedulingPolicy": SchedulingPolicy,
+    "structured_output_manager": StructuredOutputManager,
 }  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def test_a_parameter_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         (KVCacheBlock, "is_null", "null"),
         (Request, "self.session_id", "self.session"),
         (SchedulerOutput, "total_num_scheduled_tokens", "total"),
+        (StructuredOutputManager, "self.tokenizer", "self.words"),
     ],
 )
 def test_an_attribute_that_is_gone_is_named(owner: type, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +121,28 @@ def test_an_attribute_that_is_gone_is_named(owner: type, old: str, new: str, mon
     if name in vars(owner):  # a default of a dataclass
         monkeypatch.delattr(owner, name)
     assert contract.missing() == [f"{owner.__name__}.{name}"]
+
+
+@pytest.mark.parametrize(("module", "words"), [(module, x) for module, found in contract.WORDS.items() for x in found])
+def test_words_of_the_front_end_that_are_gone_are_named(
+    module: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = contract._text
+    monkeypatch.setattr(contract, "_text", lambda m: texts(m).replace(words, "") if m == module else texts(m))
+    assert contract.missing() == [f'"{words}" in {module}']
+
+
+def test_a_module_of_the_front_end_that_is_gone_lacks_all_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "WORDS", {"v1/engine/elsewhere.py": ("def abort_requests",)})
+    assert contract.missing() == ['"def abort_requests" in v1/engine/elsewhere.py']
+
+
+def test_what_the_middleware_asks_of_the_front_end_is_named() -> None:
+    """The words of attributes and utility calls that it uses of vLLM's, all of which stand in the contract."""
+    source = (PACKAGE / "middleware.py").read_text()
+    named = " ".join(word for words in contract.WORDS.values() for word in words)
+    for name in ("engine_client", "vllm_config", "engine_core", "call_utility_async", "abort_requests"):
+        assert name in source and name in named
 
 
 def test_another_version_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

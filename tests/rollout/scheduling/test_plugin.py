@@ -188,6 +188,19 @@ def test_without_a_tokenizer_the_client_says_what_a_turn_was() -> None:
     assert driver.scheduler.latencies.durations("pytest") == pytest.approx([2.0])
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_that_there_is_no_tokenizer_is_told_once_if_clients_do_not_say_what_they_called(
+    says: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = driven()
+    for name in "abc":
+        tokens = driver.ask(f"{name}1", [10] * 9, session=name)
+        assert not caplog.records or name != "a", "nobody can know yet that it goes on"
+        driver.ask(f"{name}2", [*tokens, 9], session=name, extra_args={"tool": "pytest"} if says else None)
+    told = [record.message for record in caplog.records if record.name.startswith("rollout.scheduling")]
+    assert len(told) == (not says) and all("no tokenizer" in words and "last_turn" in words for words in told)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_programs_are_inferred_from_prompts(depth: int) -> None:
     driver = driven(depth=depth, settings={"infer_programs": True}, tokenizer=tokenizer())
