@@ -52,7 +52,7 @@ METHODS: dict[type, dict[str, tuple[str, ...]]] = {
             "request_id", "num_tokens", "new_computed_blocks", "num_encoder_tokens", "total_computed_tokens",
             "num_local_computed_tokens", "num_tokens_main_model", "apply_admission_cap", "prefill_end"),
     },
-    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",), "get_num_free_blocks": ()},
+    BlockPool: {"touch": ("blocks",), "free_blocks": ("ordered_blocks",), "get_num_free_blocks": (), "get_usage": ()},
     FreeKVCacheBlockQueue: {"prepend_n": ("blocks",)},
     RequestQueue: dict.fromkeys(
         ("add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",

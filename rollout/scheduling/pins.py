@@ -23,18 +23,25 @@ class Pins:
     long after its turn would outlive hotter prefixes there. So every call of ``free_blocks`` stamps its blocks, also
     those of a pinned turn, and a released block is put back behind the last one with an older or equal stamp: exactly
     where it would lie without the pin.
+
+    What only pins hold is as good as free: it goes when somebody needs it. vLLM's usage is told without it, or an idle
+    server would look full to those who watch it, and to vLLM's balancer over several engines. Allocation does not ask
+    for the usage.
     """
 
     def __init__(self, pool: BlockPool, capacity: float, counters: Counters) -> None:
         self.changed = False  # one has gone since the flag was last lowered
         self._pool, self._capacity, self._counters = pool, capacity, counters
-        self._free_blocks = pool.free_blocks
+        self._free_blocks, self._touch = pool.free_blocks, pool.touch
+        self._alone = 0  # blocks that only pins hold
         self._pins: dict[Pin, None] = {}  # oldest first
         self._deadlines: list[tuple[float, int, Pin]] = []
         self._held: Counter[int] = Counter()  # block id → pins that hold it
         self._stamps: dict[int, int] = {}
         self._stamp = 0
         pool.free_blocks = self._stamped_free  # type: ignore[method-assign]
+        pool.touch = self._counted_touch  # type: ignore[method-assign]
+        pool.get_usage = self.usage  # type: ignore[method-assign]
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -48,6 +55,10 @@ class Pins:
         if len(live) == len(self._pins):
             return len(live), len(self._held)
         return len(live), len({block.block_id for pin in live for block in pin.blocks})
+
+    def usage(self) -> float:
+        """Share of the pool that requests hold, 0 to 1. One block is vLLM's null block."""
+        return 1 - (self._pool.get_num_free_blocks() + self._alone) / max(self._pool.num_gpu_blocks - 1, 1)
 
     def usable(self, groups: Iterable[Iterable[KVCacheBlock]]) -> list[KVCacheBlock]:
         """The blocks that can hit and lie in the main pool (some exotic groups bring their own)."""
@@ -81,7 +92,7 @@ class Pins:
         if len(self._held) + pin.fresh > self._capacity:
             self._counters.refusals += 1
             return False
-        self._pool.touch(pin.blocks)
+        self._touch(pin.blocks)
         self._held.update(block.block_id for block in pin.blocks)
         self._pins[pin] = None
         pin.program.pins.append(pin)
@@ -106,6 +117,7 @@ class Pins:
             if block.ref_cnt == 0:
                 freed.append(block)
         pin.blocks = []
+        self._alone -= len(freed)
         self._put_back(freed)
 
     def drop(self, pins: Iterable[Pin], cause: str) -> None:
@@ -137,6 +149,18 @@ class Pins:
         blocks = list(ordered_blocks)
         self._stamps.update((block.block_id, self._stamp) for block in blocks if self._mine(block))
         self._free_blocks(blocks)
+        if self._held:
+            self._alone += self._of_pins(block for block in blocks if self._mine(block))
+
+    def _counted_touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        if self._held:
+            self._alone -= self._of_pins(blocks)
+        self._touch(blocks)
+
+    def _of_pins(self, blocks: Iterable[KVCacheBlock]) -> int:
+        """How many of these blocks are held by pins and nobody else."""
+        held = self._held
+        return sum(block.ref_cnt == held.get(block.block_id) for block in blocks)
 
     def _age(self, block: KVCacheBlock) -> int:
         return self._stamps.get(block.block_id, 0)

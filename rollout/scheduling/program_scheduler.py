@@ -75,6 +75,12 @@ class ProgramMixin(Scheduler):
             port=options.metrics_port,
             engine=self.parallel_config.data_parallel_index,
         )
+        # One of several engines says it. Those of a dense model believe that they are alone, but for their index.
+        if self.parallel_config.data_parallel_index == 1:
+            log.warning(
+                "several engines: a session's KV lies in the engine that served it, but vLLM sends each turn to any; "
+                "send all turns of a session with the same X-data-parallel-rank"
+            )
 
     # ---- vLLM's hooks
 

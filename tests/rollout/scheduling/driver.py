@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import cache
@@ -260,6 +261,8 @@ def check(scheduler: Any) -> None:
     assert hashed == sorted(hashed), "what can never hit is reused first"
     assert len(pinned) <= scheduler.options.max_pinned * (pool.num_gpu_blocks - 1)
     assert scheduler.pins.count(-1.0) == (len(scheduler.pins), len(pinned))
+    requests = sum(block.ref_cnt > pinned[block.block_id] for block in pool.blocks if not block.is_null)
+    assert math.isclose(pool.get_usage(), requests / (pool.num_gpu_blocks - 1), abs_tol=1e-9)
 
     programs = list(scheduler.programs)
     turns = scheduler.programs.turns

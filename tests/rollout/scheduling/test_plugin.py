@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import RequestStatus
 
 from rollout.errors import UserError
@@ -112,6 +114,39 @@ def test_the_cap_on_pins_refuses_what_goes_beyond() -> None:
     count = driver.scheduler.counters
     assert (count.pins, count.refusals) == (1, 1)
     check(driver.scheduler)
+
+
+def test_what_only_pins_hold_is_not_in_use() -> None:
+    driver = driven(num_blocks=21)
+    scheduler, manager = driver.scheduler, driver.scheduler.kv_cache_manager
+    scheduler.log_stats = manager.log_stats = True
+    manager.prefix_cache_stats = PrefixCacheStats()
+
+    def usage() -> list[float]:
+        return [scheduler.get_kv_cache_usage(), scheduler.make_stats().kv_cache_usage, manager.usage]
+
+    tokens = driver.ask("one", [10] * 17, [11] * 8 + [EOS], session="s")
+    assert usage() == [0.0, 0.0, 0.0] and manager.block_pool.get_num_free_blocks() == 14
+    driver.add(request("two", [*tokens, 12], 4, session="s"), [13] * 4)
+    driver.add(request("sibling", [*tokens[:8], 14], 4, session="s"), [15] * 4)  # its two blocks are pinned too
+    driver.step()
+    assert usage() == pytest.approx([8 / 20] * 3)
+    driver.run()
+    assert usage() == [0.0, 0.0, 0.0] and scheduler.counters.claims == 1
+    check(scheduler)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_one_of_several_engines_says_that_sessions_have_no_home(index: int, caplog: pytest.LogCaptureFixture) -> None:
+    def factory(**parts: Any) -> Any:
+        config = parts["vllm_config"]
+        config.parallel_config = copy.copy(config.parallel_config)
+        config.parallel_config.data_parallel_index = index
+        return program_scheduler(**parts)
+
+    build({"policy": KEEP}, factory=factory)
+    told = [record.message for record in caplog.records if "X-data-parallel-rank" in record.message]
+    assert len(told) == (index == 1)
 
 
 # ---- ends of turns, jobs and programs
