@@ -32,9 +32,9 @@ KNEE = {
     },
 }  # fmt: skip
 LOADS = {"light": 0.5, "knee": 0.8, "overload": 2.0}
-# Paired seeds: 20 where a run of 300 programs takes less than a second of one core, 3 below 4 s, 2 below 7 s, else 1.
+# Paired seeds: 20 where a run takes less than a second of one core, 3 below 4 s, else what 45 minutes on 2 cores leave.
 SEEDS = {
-    "chat": 20, "bfcl": 3, "no_tools": 3, "rl_batch": 3, "swe": 2, "drift": 2, "sessions": 2, "cheap_prefill": 2,
+    "chat": 20, "bfcl": 3, "no_tools": 3, "rl_batch": 3, "swe": 2, "sessions": 2, "drift": 1, "cheap_prefill": 1,
     "long_tools": 1, "mixed": 1, "swe_chat": 1,
 }  # fmt: skip
 FIRST = "h100_8b"  # the hardware on which every policy plays

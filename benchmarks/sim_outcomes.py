@@ -74,10 +74,16 @@ class Outcomes:
         """Seconds a job."""
         return float(self.of(cell, arm, field).sum() / self.of(cell, arm, "jobs").sum())
 
-    def ratio(self, cell: Cell, arm: str, stock: Cell | None = None) -> tuple[float, float, float]:
-        """Delay ÷ stock's in the same cell (or in ``stock``) at the seeds that the arm played, and its 95% interval."""
+    def ratio(
+        self, cell: Cell, arm: str, *, stock: Cell | None = None, only: int | None = None
+    ) -> tuple[float, float, float]:
+        """Delay ÷ stock's in the same cell (or in ``stock``), and its 95% interval.
+
+        Of the seeds that the arm played, or of one ``only``.
+        """
         theirs = self.seeds(stock or cell, STOCK, "delay")
-        return bootstrap([(ours, theirs[seed]) for seed, ours in self.seeds(cell, arm, "delay").items()])
+        ours = self.seeds(cell, arm, "delay").items()
+        return bootstrap([(delays, theirs[seed]) for seed, delays in ours if only in (None, seed)])
 
     def p99(self, cell: Cell, arm: str) -> float:
         return float(np.percentile(self.of(cell, arm, "first_turn"), 99))
