@@ -3,9 +3,10 @@
 The pinned case: 12 programs of 6 turns on a model of 31.5M random weights, tools of 0.2 to 5 s (real waiting), a KV
 pool of 220 blocks of 32 tokens, which is a third of what all programs hold at their longest. Then a curve over pools
 of a quarter, half, one and two working sets, of shorter runs in pairs. Stock is vLLM as it comes: FCFS, prefix caching
-and chunked prefill on. Every run has an engine of its own, warmed up before it is timed, in this process and on one
-thread. Arms take turns: each seed is played by all of them, in an order that rotates, with the same tokens, lengths,
-arrivals and tools. A run is stored as it ends, and a benchmark that was stopped goes on from there.
+and chunked prefill on. The engine runs in this process and on one thread. Two engines of equal settings differ by
+several percent in speed: the arms of a seed share one, and each run gets a scheduler and a cache of its own, warmed up
+before it is timed. Arms take turns: each seed is played by all of them, in an order that rotates, with the same tokens,
+lengths, arrivals and tools. A run is stored as it ends, and a benchmark that was stopped goes on from there.
 
 Clients name their session and tell the scheduler nothing else, in every arm of ours. The model's outputs would be
 noise; they are held to the marker of a tool call, or in a program's last turn to a word, which the plug-in reads off
@@ -33,21 +34,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arms import STORE, code
-from benchmarks.kv_ttl_arms import (
-    BIG,
-    PINNED,
-    POOL,
-    QUICK,
-    QUICK_POOL,
-    SHORT,
-    SMALL,
-    Case,
-    RealEngine,
-    build_model,
-    play,
-    pool_blocks,
-    workload,
-)
+from benchmarks.kv_ttl_arms import BIG, SMALL, RealEngine, build_model, play
+from benchmarks.kv_ttl_cases import PINNED, POOL, QUICK, QUICK_POOL, SHORT, Case, pool_blocks, workload
 from benchmarks.report import Report
 from rollout.engines.vllm import stderr_to
 
@@ -121,16 +109,21 @@ def play_all(runs: Sequence[Run], shape: dict[str, Any], note: Callable[[str], N
     with tempfile.TemporaryDirectory() as scratch:
         with stderr_to(log):
             parameters = build_model(Path(scratch), shape)
+        engine: RealEngine | None = None
         for number, run in enumerate(runs, 1):
             path = folder / f"{run.name}.json"
             if not path.exists():
                 note(f"{number} of {len(runs)}: {run.name} …")
                 with stderr_to(log):
-                    engine = RealEngine(Path(scratch), run.blocks, (ARMS | MORE_ARMS)[run.arm])
-                result = play(engine, workload(run.case, run.seed), run.seed, hints=run.hints)
-                engine.close()
-                path.write_text(json.dumps(result))
+                    if engine is None or engine.blocks != run.blocks:
+                        if engine is not None:
+                            engine.close()
+                        engine = RealEngine(Path(scratch), run.blocks)
+                    engine.use((ARMS | MORE_ARMS)[run.arm])
+                path.write_text(json.dumps(play(engine, workload(run.case, run.seed), run.seed, hints=run.hints)))
             played[run] = json.loads(path.read_text())
+        if engine is not None:
+            engine.close()
     shutil.rmtree(folder)
     return played, parameters
 

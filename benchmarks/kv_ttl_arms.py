@@ -1,10 +1,9 @@
-"""What ``benchmarks.kv_ttl`` plays: sessions by seed, and a real vLLM engine in this process that serves them."""
+"""How ``benchmarks.kv_ttl`` plays its sessions: a real vLLM engine in this process whose scheduler is exchanged."""
 
 from __future__ import annotations
 
 import gc
 import heapq
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -13,74 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from rollout.scheduling.workloads import Session, Turn, Workload
+from benchmarks.kv_ttl_cases import BATCH, BLOCK, TOOL
+from rollout.scheduling.workloads import Session, Workload
 
-BLOCK = 32  # tokens
+PLUG_IN = "rollout.scheduling.vllm_plugin.program_scheduler"
 VOCAB, FIRST_TOKEN = 8192, 8  # ids below the first are special
 CALL, ANSWER = 3, FIRST_TOKEN  # what an output consists of: <tool_call>, which opens a call, or a word
 MAX_MODEL_LEN = 4096
-BATCH: dict[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}  # what stock vLLM serves with on CPU
 BIG: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}  # 31.5M parameters
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-TOOL = "tool"
-
-
-@dataclass(frozen=True)
-class Case:
-    """Programs that start within ``arrivals`` seconds, each of ``turns`` turns. Ranges: tokens, seconds of a tool."""
-
-    programs: int
-    turns: int
-    arrivals: float
-    first: tuple[int, int] = (700, 1300)  # tokens of the first prompt: instructions and a task
-    result: tuple[int, int] = (60, 180)  # of a tool's result
-    output: tuple[int, int] = (14, 27)  # of a tool call
-    gap: tuple[float, float] = (0.2, 5.0)  # log-uniform: most tools are short
-
-
-PINNED = Case(12, 6, arrivals=10.0)  # the issue's, a third of whose working set is
-POOL = 220  # blocks
-SHORT = Case(8, 4, arrivals=5.0)  # of the curve over pool sizes
-QUICK = Case(3, 2, arrivals=0.1, first=(60, 90), result=(30, 60), output=(4, 8), gap=(0.02, 0.1))
-QUICK_POOL = 9  # blocks, of the 14 that they fill
-
-
-def workload(case: Case, seed: int) -> Workload:
-    """The sessions of a case by arrival, the same for every arm."""
-
-    def session(index: int) -> Session:
-        rng = np.random.default_rng([seed, index])
-        turns = []
-        for number in range(case.turns):
-            prompt = int(rng.integers(*(case.result if number else case.first)))
-            output, gap = int(rng.integers(*case.output)), float(np.exp(rng.uniform(*np.log(case.gap))))
-            last = number + 1 == case.turns
-            turns.append(Turn(prompt, output, 0.0 if last else gap, None if last else TOOL))
-        return Session(tuple(turns), arrival=float(rng.uniform(0, case.arrivals)))
-
-    sessions = sorted((session(i) for i in range(case.programs)), key=lambda session: session.arrival or 0.0)
-    return Workload("kv_ttl", tuple(sessions))
-
-
-def real_case_workload(seed: int) -> Workload:
-    """The pinned case. ``real_case_engine`` is the engine that it runs on."""
-    return workload(PINNED, seed)
-
-
-def real_case_engine() -> dict[str, Any]:
-    """Pool, blocks and batches of the pinned case, as ``rollout.scheduling.simulator.simulate`` takes them."""
-    return {"pool_tokens": (POOL - 1) * BLOCK, "block_size": BLOCK, **BATCH}  # one block is vLLM's null block
-
-
-def working_set(load: Workload) -> int:
-    """Blocks that hold all sessions at their longest."""
-    return sum(-(-session.tokens // BLOCK) for session in load.sessions)
-
-
-def pool_blocks(load: Workload, share: float) -> int:
-    """Blocks of a pool of that share of the working set, though no smaller than its longest session needs."""
-    longest = max(-(-session.tokens // BLOCK) for session in load.sessions)
-    return max(math.ceil(share * working_set(load)), longest + 2) + 1  # one block is vLLM's null block
 
 
 def build_model(folder: Path, shape: dict[str, Any]) -> int:
@@ -124,12 +64,13 @@ class Client:
 
 
 class RealEngine:
-    """vLLM's ``LLMEngine`` in this process, one at a time. ``options`` None is stock: no scheduler class is named.
+    """vLLM's ``LLMEngine`` in this process, one at a time. ``use`` gives it the scheduler of an arm.
 
-    Its scheduler's outputs are read as they pass, in every arm alike; times of steps and who runs come from there.
+    Two engines of the same settings differ by several percent in their steps' times: arms share one. The scheduler's
+    outputs are read as they pass, in every arm alike; times of steps and who runs come from there.
     """
 
-    def __init__(self, model_dir: Path, blocks: int, options: dict[str, Any] | None) -> None:
+    def __init__(self, model_dir: Path, blocks: int) -> None:
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -139,10 +80,6 @@ class RealEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        ours: dict[str, Any] = {}
-        if options is not None:
-            ours["scheduler_cls"] = "rollout.scheduling.vllm_plugin.program_scheduler"
-            ours["additional_config"] = {"turnstile": options}
         arguments = EngineArgs(
             model=str(model_dir),
             generation_config="vllm",
@@ -155,18 +92,39 @@ class RealEngine:
             enable_prefix_caching=True,
             use_tqdm_on_load=False,
             **BATCH,
-            **ours,
         )
         self.engine = LLMEngine.from_engine_args(arguments)
-        core: Any = self.engine.engine_core
-        self.scheduler = core.engine_core.scheduler
-        assert self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == blocks
+        engine_core: Any = self.engine.engine_core
+        self.core = engine_core.engine_core
+        self.blocks = blocks
+
+    def use(self, options: dict[str, Any] | None) -> None:
+        """Exchange the scheduler, and the cache with it, as ``EngineCore`` builds it; None is stock's own class."""
+        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+        old, config = self.core.scheduler, self.core.vllm_config
+        assert not old.has_requests()
+        old.shutdown()
+        config.scheduler_config.scheduler_cls = None if options is None else PLUG_IN
+        config.additional_config = {} if options is None else {"turnstile": options}
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(old.kv_cache_config, config)
+        self.scheduler = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=old.kv_cache_config,
+            structured_output_manager=self.core.structured_output_manager,
+            include_finished_set=False,
+            log_stats=self.core.log_stats,
+            block_size=block_size,
+            hash_block_size=hash_block_size,
+        )
+        self.core.scheduler = self.scheduler
+        assert self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == self.blocks
         self._schedule, self.scheduler.schedule = self.scheduler.schedule, self._watched
         self.scheduled: dict[str, int] = {}  # tokens of the step, by vLLM's request id
         self.computed = self.preemptions = 0
         self.steps: list[tuple[int, float, int, float]] = []  # prefill tokens, Σ of their contexts, running, seconds
         self._ended: float | None = None  # of the step before, if requests were left
-        self._warm_up(blocks)
+        self._warm_up()
 
     def add(
         self, name: str, tokens: list[int], outputs: int, word: int, session: str | None, extra: dict[str, Any]
@@ -201,9 +159,14 @@ class RealEngine:
         self._ended = end if self.busy else None
         return finished
 
+    def flush(self) -> None:
+        """Let the worker forget who has finished: a scheduler says it with its next step."""
+        while self.scheduler.has_requests():
+            self.engine.step()
+
     def close(self) -> None:
         self.engine.engine_core.shutdown()
-        del self.engine, self.scheduler, self._schedule
+        del self.engine, self.core, self.scheduler, self._schedule
         gc.collect()
 
     def _watched(self, *arguments: Any) -> Any:
@@ -220,15 +183,17 @@ class RealEngine:
         self._work = prefill, context, len(self.scheduled)
         return output
 
-    def _warm_up(self, blocks: int) -> None:
-        """The first batches of an engine are not timed. Nobody's tokens, no names, and nothing of it stays cached."""
-        length = min(900, (blocks - 4) * BLOCK // 3)
+    def _warm_up(self) -> None:
+        """A scheduler's first batches are not timed. Nobody's tokens, no names, and nothing of it stays cached."""
+        length = min(900, (self.blocks - 4) * BLOCK // 3)
         for batch in range(2):
             for i in range(3):
                 self.add(f"warm{batch}-{i}", [FIRST_TOKEN + i] * (length * (8 - i) // 8), 12, ANSWER, None, {})
             while self.busy:
                 self.step()
+        self.flush()
         assert self.engine.reset_prefix_cache()
+        gc.collect()  # of what the scheduler before left
         self.steps.clear()
         self.computed = self.preemptions = 0
 
@@ -309,6 +274,7 @@ def play(engine: RealEngine, load: Workload, seed: int, *, hints: bool = False) 
             else:
                 intervals.append((client.index, client.state, client.since, after))
         note_pins(after)
+    engine.flush()
     if hasattr(engine.scheduler, "counters"):  # ours read off the outputs where jobs end
         assert engine.scheduler.counters.jobs == len(clients)
     needed = sum(session.tokens - 1 for session in load.sessions)  # nobody reads the last token's KV

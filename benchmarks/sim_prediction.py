@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.keep import RESULTS
 from benchmarks.kv_ttl import SEEDS
-from benchmarks.kv_ttl_arms import real_case_engine, real_case_workload
+from benchmarks.kv_ttl_cases import real_case_engine, real_case_workload
 from benchmarks.report import Report
 
 ARMS: dict[str, dict[str, Any] | None] = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import arms, kv_ttl, kv_ttl_sim, sim_prediction
-from benchmarks.kv_ttl_arms import (
+from benchmarks.kv_ttl_cases import (
     BLOCK,
     PINNED,
     POOL,
@@ -221,7 +221,10 @@ def test_what_was_played_is_not_played_again(tmp_path: Path, monkeypatch: pytest
     played: list[str] = []
 
     class Engine:
-        def __init__(self, model: Path, blocks: int, options: dict[str, Any] | None) -> None:
+        def __init__(self, model: Path, blocks: int) -> None:
+            self.blocks = blocks
+
+        def use(self, options: dict[str, Any] | None) -> None:
             self.policy = "stock" if options is None else options["policy"]
 
         def close(self) -> None:
