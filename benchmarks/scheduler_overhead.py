@@ -58,7 +58,8 @@ class Twin:
             max_num_batched_tokens=1 << 20,
             options={"turnstile": {"policy": policy} | ({"k": ENDLESS} if ours else {})},
         )
-        self.engine = VirtualEngine(self.scheduler, Linear(), scale=1, block_size=BLOCK)
+        steps_alone = Linear(a=0.01, b=0.0, c=0.0, d=0.0)  # little time passes: patience and idle pins stay out of it
+        self.engine = VirtualEngine(self.scheduler, steps_alone, scale=1, block_size=BLOCK)
         self.seconds: list[float] = []
         self._schedule, self.scheduler.schedule = self.scheduler.schedule, self._timed
         # Who waits has had a turn, too short to be kept: first turns that wait would be express and take the pins.
