@@ -5,9 +5,8 @@ waiting requests" has two readings, and both are measured: 500 run and 500 wait,
 
 - ``seats``: as many run as ``max_num_seqs`` allows, and nobody looks at the waiting queue.
 - ``turnover``: five requests end in each step and are pinned, and five of the queue take their seats and their pins.
-- ``memory``: the head of the queue is refused in every step for lack of blocks. That is the worst case for ours: in
-  every step it asks each pin in vain whether it may go. The head is older than all pins, and no pin is past its
-  break-even, so that no shorter way to the answer "none" helps.
+- ``memory``: the head of the queue is refused in every step for lack of blocks, and asks the pins in vain. It is older
+  than all of them, and none is past its break-even: ours weighs them once, and again when one is added or due.
 
 Both twins play the same requests, all of named programs; what runs decodes one token a step. Where memory is short the
 pool of stock is smaller by the blocks that ours has pinned, so that both have the same blocks free; elsewhere it holds

@@ -30,7 +30,7 @@ class Pins:
     """
 
     def __init__(self, pool: BlockPool, capacity: float, counters: Counters) -> None:
-        self.changed = False  # one has gone since the flag was last lowered
+        self.changed = False  # one has gone for which a turn waits, since the flag was last lowered
         self._pool, self._capacity, self._counters = pool, capacity, counters
         self._free_blocks, self._touch = pool.free_blocks, pool.touch
         self._alone = 0  # blocks that only pins hold
@@ -48,6 +48,9 @@ class Pins:
 
     def __iter__(self) -> Iterator[Pin]:
         return iter(self._pins)
+
+    def __contains__(self, pin: object) -> bool:
+        return pin in self._pins
 
     def count(self, now: float) -> tuple[int, int]:
         """(pins, unique blocks) not expired yet: an idle engine is not called, so expired ones may still be here."""
@@ -105,7 +108,7 @@ class Pins:
         """Give the references back; freed blocks go to where the LRU order has them."""
         del self._pins[pin]
         pin.program.pins.remove(pin)
-        self.changed = True
+        self.changed |= pin.returning
         freed: list[KVCacheBlock] = []
         for block in reversed(pin.blocks):
             held = self._held[block.block_id] - 1

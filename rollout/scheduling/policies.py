@@ -267,6 +267,8 @@ class Turnstile(_Resident):
         self._overdue: Turn | None = None
         self._forsaken: set[Pin] = set()
         self._weighed = -math.inf
+        self._newest: Pin | None = None  # of the pins that were all within their break-even
+        self._due, self._due_running = -math.inf, 0.0  # until then they are, unless fewer run
 
     def key(self, turn: Turn) -> Key:
         if not self.pressed:
@@ -327,9 +329,22 @@ class Turnstile(_Resident):
         k = self.k_person if pin.program.job_ended else self.k
         return max(k * pin.rebuild * max(1.0, load.running), 1e-9)
 
+    def _any_due(self, pins: Sequence[Pin], load: Load) -> bool:
+        """False if no pin is past its break-even. The queue's head asks in every step: what was found holds a while."""
+        if not pins:
+            return False
+        if pins[-1] is self._newest and load.now < self._due and load.running >= self._due_running:
+            return False
+        evens = [(pin.since, self.even(pin, load)) for pin in pins]
+        self._newest, self._due_running = pins[-1], 0.95 * load.running  # a break-even is in proportion to B, or less
+        self._due = min(since + 0.95 * even for since, even in evens)
+        return any(load.now - since > even for since, even in evens)
+
     def victims(self, turn: Turn, running: bool, pins: Sequence[Pin], load: Load) -> Iterator[Pin]:
         anyones = turn.express or turn is self._overdue
         if not (running or turn.resident or anyones or load.idle):  # who waits takes nothing from older jobs
+            if not self._any_due(pins, load):
+                return
             if load.now >= self._weighed + 1.0:  # the head asks in every step, and is refused in most
                 self._weighed = load.now
                 self._forsaken = {pin for pin in pins if self.bad(pin, load) > self.forsaken}

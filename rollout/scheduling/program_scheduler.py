@@ -182,7 +182,7 @@ class ProgramMixin(Scheduler):
     def _activate(self) -> None:
         """The first program: from here on the policy orders. What is in the engine already is programs of one turn."""
         self.active = True
-        self.kv_cache_manager.allocate_slots = self._allocate  # type: ignore[method-assign]
+        self.kv_cache_manager.allocate_slots = self._allocator()  # type: ignore[method-assign]
         stock = list(self.waiting)
         self.waiting = ProgramQueue(self.rule, self.programs.turns, self.policy == SchedulingPolicy.PRIORITY)
         present = [*self.running, *self.kv_holding_waiting, *stock]
@@ -313,11 +313,28 @@ class ProgramMixin(Scheduler):
             self.running.sort(key=lambda request: turns[request.request_id].job.number)
             self._joined = False
 
-    def _allocate(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
+    def _allocator(self) -> Callable[..., KVCacheBlocks | None]:
         """vLLM's ``allocate_slots``; where it fails, pins go first, as far as the policy lets them."""
-        blocks = self._stock_allocate(request, num_new_tokens, **kwargs)
-        if blocks is not None and request.status == RequestStatus.RUNNING:
-            return blocks
+        stock, ours = self._stock_allocate, self._allocate
+
+        def allocate(
+            request: Request, num_new_tokens: int, num_lookahead_tokens: int = 0, **kwargs: Any
+        ) -> KVCacheBlocks | None:
+            if kwargs:  # who waits
+                kwargs["num_lookahead_tokens"] = num_lookahead_tokens
+                return ours(stock(request, num_new_tokens, **kwargs), request, num_new_tokens, kwargs)
+            # In each step this is called for each running request, and nearly always that is all.
+            blocks = stock(request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens)
+            if blocks is not None:
+                return blocks
+            return ours(None, request, num_new_tokens, {"num_lookahead_tokens": num_lookahead_tokens})
+
+        return allocate
+
+    def _allocate(
+        self, blocks: KVCacheBlocks | None, request: Request, num_new_tokens: int, kwargs: dict[str, Any]
+    ) -> KVCacheBlocks | None:
+        """What vLLM's allocation gave, or what it gives once pins have gone; a turn that gets memory is admitted."""
         turn = self.programs.turns[request.request_id]
         if blocks is None and self.pins:
             blocks = self._release_for(turn, request, num_new_tokens, kwargs)
@@ -351,7 +368,9 @@ class ProgramMixin(Scheduler):
 
     def _victims(self, turn: Turn, running: bool) -> list[Pin]:
         """The pins that may go for ``turn``, first to go first."""
-        pins = [pin for pin in self.pins if pin is not turn.claim]
+        pins = list(self.pins)
+        if turn.claim in self.pins:
+            pins.remove(turn.claim)
         lower: list[Pin] = []
         if self.policy == SchedulingPolicy.PRIORITY:  # of clients who matter less: the policy has no say in that
             lower = [pin for pin in pins if pin.priority > turn.priority]

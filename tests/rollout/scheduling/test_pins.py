@@ -64,11 +64,19 @@ def test_a_pin_holds_its_blocks_beyond_the_request() -> None:
     kept.pool.free_blocks(reversed(blocks))
     assert [block.ref_cnt for block in blocks] == [1, 1, 1, 0] and len(free(kept.pool)) == 13
     assert pin in kept.pins and list(kept.pins) == pin.program.pins == [pin] and len(kept.pins) == 1
-    kept.pins.changed = False
     kept.pins.remove(pin)
-    assert kept.pins.changed and not pin.program.pins and not pin.blocks
+    assert not kept.pins.changed and not pin.program.pins and not pin.blocks
     assert all(block.ref_cnt == 0 for block in blocks) and len(free(kept.pool)) == 16
     assert free(kept.pool)[-3:] == [3, 2, 1], "where vLLM puts them: the tail of a chain is evicted first"
+
+
+def test_it_is_told_when_a_pin_goes_that_a_turn_waits_for() -> None:
+    kept = Kept()
+    pin = kept.pin(take(kept.pool, "a", 3))
+    assert kept.pins.add(pin)
+    pin.program.waiting = 1
+    kept.pins.remove(pin)
+    assert kept.pins.changed
 
 
 def test_a_block_that_several_pins_hold_counts_once_against_the_cap() -> None:
