@@ -10,18 +10,15 @@ benchmark that was stopped goes on from there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.arms import STORE, code
 from benchmarks.report import Report
-from rollout.plots import read_jsonl
+from benchmarks.training_runs import Run, train, warm_start
 
 SEEDS = 5
 LONGEST = 512  # own tokens of an episode
@@ -51,25 +48,8 @@ OTHERS = {
 }
 
 
-def train(folder: Path, overrides: list[str]) -> Path:
-    """One run; a finished one is read back."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "training", "experiment=long_chain", f"run_dir={folder}", "overwrite=true"]
-        done = subprocess.run([*command, *overrides], stdout=subprocess.DEVNULL, timeout=1800, check=False)
-        if done.returncode:
-            sys.exit(f"error: {folder.name} ended with exit code {done.returncode}; its engine.log lies in {folder}")
-    return folder
-
-
-class Arm:
-    """What a run left behind."""
-
-    def __init__(self, folder: Path) -> None:
-        self.rows = read_jsonl(folder / "metrics.jsonl")
-        self.summary = json.loads((folder / "summary.json").read_text())
-
-    def mean(self, name: str) -> float:
-        return float(np.mean([row[name] for row in self.rows if name in row]))
+class Arm(Run):
+    """A run and its speed."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,18 +115,15 @@ def main() -> None:
     quick, seeds = arguments.quick, 1 if arguments.quick else arguments.seeds
     report = Report("tppo_vs_ppo")
     root = STORE / "tppo_vs_ppo" / (code() + ("-quick" if quick else ""))
-    off = [f"evaluation.{name}=false" for name in ("before", "after")]
     report.console.print("warm start …", style="dim")
-    short = ["warm_start.steps=20", "steps=1", "batch.prompts=4"] if quick else ["steps=1", "batch.prompts=4"]
-    train(root / "warm", [*off, *short, *overrides])
-    start = ["model=hf", f"model.path={root / 'warm' / 'checkpoints' / 'warm_start'}", "warm_start=none"]
+    start = warm_start(root / "warm", "long_chain", [*(["warm_start.steps=20"] if quick else []), *overrides])
     played: dict[str, list[Arm]] = {}
     plan = [(name, seed) for seed in range(seeds) for name in (PAIR if seed % 2 == 0 else reversed(PAIR))]
     plan += [] if quick else [(name, 0) for name in OTHERS]
     for number, (name, seed) in enumerate(plan, 1):
         report.console.print(f"{number} of {len(plan)}: {name}, seed {seed} …", style="dim")
         settings = [*start, *(PAIR | OTHERS)[name], f"seed={seed}", *(QUICK if quick else []), *overrides]
-        folder = train(root / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", settings)
+        folder = train(root / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", "long_chain", settings)
         played.setdefault(name, []).append(Arm(folder))
     rows = []
     for name, arms in played.items():

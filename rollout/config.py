@@ -156,7 +156,7 @@ class LongChainConfig:
     _target_: str = "rollout.tasks.long_chain.LongChain"
     name: str = "long_chain"
     size: int = 1024  # training questions
-    test_size: int = 300
+    test_size: int = 2048
     seed: int = 0
     slip: float = 0.08  # share of wrong digits among the sums of demonstrations: what RL has to remove
     median_tokens: int = 64
@@ -166,7 +166,7 @@ class LongChainConfig:
         for name in ("size", "test_size"):
             require(getattr(self, name) > 0, f"task.{name}", f"{getattr(self, name)} must be at least 1")
         require(0 <= self.slip <= 1, "task.slip", f"{self.slip} must be in [0, 1]")
-        shortest = 14  # two lines with two digits of count
+        shortest = 19  # three lines with two digits of count
         require(
             self.median_tokens >= shortest, "task.median_tokens", f"{self.median_tokens} must be at least {shortest}"
         )

@@ -1,9 +1,9 @@
 """Chains of digits with a pinned, heavy-tailed law of solution lengths: what windows and critics are measured on.
 
-A question gives two digits and a number to count down from; each next digit is the sum of the last two, mod 10. The
-solution stands in the think block, one line a digit, ``count:digit`` down to 0, and the answer is the last digit. A
-step needs the two lines before it and no more, so a tiny model learns it at once for chains of every length. The
-chains of the starts in use have periods of 12, 20 and 60, so that to stop early or to copy an old line is a guess.
+A question gives three digits and a number to count down from; each next digit is the sum of the last and of the third
+last, mod 10. The solution stands in the think block, one line a digit, ``count:digit`` down to 0, and the answer is the
+last digit. A step needs the three lines before it and no more, so a tiny model learns it for chains of every length.
+The chains of the starts in use have periods of 31 and 217, so that to stop early or to copy an old line is a guess.
 (Affine maps mod 10 would not do: most have periods of at most 4.)
 
 Own tokens (all that the policy writes, its stop token included) are lognormal, ``median_tokens`` at the median and
@@ -32,17 +32,16 @@ from rollout.tasks import Demonstration, Split, ToolEnvironment, row_id
 from rollout.tasks.arithmetic import is_right
 from rollout.tools import Tool
 
-QUESTION = "Each digit is the sum of the two before it, without tens. Start with {start} and count down from {count}."
-SHORT_PERIODS = {"00", "05", "50", "55", "26", "68", "84", "42"}  # back at the start within 4 steps
-STARTS = tuple(start for start in (f"{i:02}" for i in range(100)) if start not in SHORT_PERIODS)
+QUESTION = "Each digit is the sum of the last and the third last. Start with {start} and count down from {count}."
+STARTS = tuple(start for start in (f"{i:03}" for i in range(1000)) if set(start) - {"0", "5"})  # others: periods of 7
 P99 = NormalDist().inv_cdf(0.99)
 
 
 def chain(start: str, count: int, *, slip: float = 0.0, rng: Random | None = None) -> list[int]:
-    """``count`` + 1 digits, of which the start is two; with ``rng`` each of the others slips with ``slip``."""
+    """``count`` + 1 digits, of which the start is three; with ``rng`` each of the others slips with ``slip``."""
     digits = [int(digit) for digit in start]
-    for _ in range(count - 1):
-        digit = (digits[-1] + digits[-2]) % 10
+    for _ in range(count - 2):
+        digit = (digits[-1] + digits[-3]) % 10
         if rng is not None and rng.random() < slip:
             digit = (digit + rng.randint(1, 9)) % 10
         digits.append(digit)
@@ -65,11 +64,11 @@ def count_width(longest_tokens: int) -> int:
 
 
 def count_at(quantile: float, median_tokens: int, longest_tokens: int) -> int:
-    """The count, at least 1, whose solution is closest to the law's length at ``quantile`` in (0, 1)."""
+    """The count, at least 2, whose solution is closest to the law's length at ``quantile`` in (0, 1)."""
     width = count_width(longest_tokens)
     tokens = median_tokens * (longest_tokens / median_tokens) ** (NormalDist().inv_cdf(quantile) / P99)
     most = min(10**width - 1, (longest_tokens - 4) // (width + 3) - 1)
-    return min(max(round((min(tokens, longest_tokens) - 4) / (width + 3)) - 1, 1), most)
+    return min(max(round((min(tokens, longest_tokens) - 4) / (width + 3)) - 1, 2), most)
 
 
 def held_out(start: str, count: int) -> bool:
@@ -86,7 +85,7 @@ class LongChain:
         *,
         name: str = "long_chain",
         size: int = 1024,
-        test_size: int = 300,
+        test_size: int = 2048,
         seed: int = 0,
         slip: float = 0.08,
         median_tokens: int = 64,

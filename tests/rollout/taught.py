@@ -12,6 +12,7 @@ from rollout.chat import Chat, tool_call
 from rollout.environment import Message, Row
 from rollout.tools.calculator import calculator
 from rollout.weights import named_weights
+from tests.by_heart import learn_by_heart
 from tests.conftest import load_model
 from training.models import train_tokenizer
 
@@ -46,27 +47,10 @@ def conversations() -> list[list[Message]]:
 
 @functools.cache
 def taught(folder: Path) -> Any:
-    """The model of ``folder`` after some seconds of lessons, on one thread: more only wait for each other."""
-    import torch
-
+    """The model of ``folder`` after some seconds of lessons."""
     model = load_model(folder)
     rows = [chat().demonstration(messages, [calculator]) for messages in conversations()]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([(row + [0] * width)[:width] for row, _ in rows])
-    own = torch.tensor([(mask + [False] * width)[:width] for _, mask in rows])
-    labels = ids.masked_fill(~own, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(200):
-        loss = model(input_ids=ids, labels=labels).loss
-        if loss.item() < 2e-2:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.set_num_threads(threads)
-    assert loss.item() < 5e-2, "the tiny model did not learn its lessons"
+    learn_by_heart(model, rows, learning_rate=3e-3, loss=2e-2)
     return model.requires_grad_(False)
 
 

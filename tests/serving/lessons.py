@@ -7,6 +7,7 @@ from pathlib import Path
 from rollout.chat import Chat, tool_call
 from rollout.environment import Message
 from rollout.tools.calculator import calculator
+from tests.by_heart import learn_by_heart
 
 EASY, HARD = "What is 2 + 2?", "What is 12 * 34?"
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "12*34"}}</tool_call>'
@@ -39,30 +40,15 @@ def lessons(chat: Chat) -> list[tuple[list[int], str]]:
 
 
 def build_parrot(folder: Path) -> Path:
-    """A checkpoint that answers the lessons greedily; seconds, on one thread: more only wait for each other."""
-    import torch
-
+    """A checkpoint that answers the lessons greedily; seconds."""
     from training.models import build_tiny, load_policy
 
     corpus = [EASY, HARD, CALL, "12*34 is hard\n", "2 and 2\n", "the tool says 408\n", "It is 4.", "It is 408."] * 4
     build_tiny(folder, corpus, hidden=64, mlp=128)
     model, tokenizer = load_policy(folder)
     chat = Chat(tokenizer)
-    rows = [(prompt, [*chat.encode(text), chat.end_of_turn_id]) for prompt, text in lessons(chat)]
-    width = max(len(prompt) + len(text) for prompt, text in rows)
-    ids = torch.tensor([(p + t + [0] * width)[:width] for p, t in rows])
-    labels = torch.tensor([([-100] * len(p) + t + [-100] * width)[:width] for p, t in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(300):
-        loss = model(input_ids=ids, labels=labels).loss
-        if loss.item() < 5e-3:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.set_num_threads(threads)
-    assert loss.item() < 1e-2, "the tiny model did not learn its lessons"
+    answers = [(prompt, [*chat.encode(text), chat.end_of_turn_id]) for prompt, text in lessons(chat)]
+    rows = [(prompt + answer, [False] * len(prompt) + [True] * len(answer)) for prompt, answer in answers]
+    learn_by_heart(model, rows, learning_rate=1e-2, loss=5e-3)
     model.save_pretrained(folder)
     return folder
