@@ -77,6 +77,17 @@ def plot_behaviour(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def plot_budget(spent: Sequence[tuple[float, int, int]], path: Path) -> None:
+    """Rollouts that prompts got against the success rates seen before, coloured by round."""
+    figure, (axis,) = _axes(1)
+    rates, rollouts, rounds = zip(*spent, strict=True)
+    dots = axis.scatter(rates, rollouts, c=rounds, s=12, alpha=0.6, cmap="viridis", linewidths=0)
+    figure.colorbar(dots, label="round")
+    axis.set(xlabel="success rate seen before", ylabel="rollouts", xlim=(-0.03, 1.03))
+    axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=140)
+
+
 def _legend_above(axis: Any) -> None:
     """Where bars fill the picture there is no free corner inside it."""
     axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

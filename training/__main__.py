@@ -8,6 +8,7 @@ import time
 import hydra
 from omegaconf import DictConfig
 
+from rollout.display import console
 from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
 from training import config
 
@@ -22,6 +23,8 @@ def run(composed: DictConfig) -> float | None:
     """One training run; gives the accuracy after it, which is what sweepers and launchers read."""
     cfg: config.TrainingConfig = to_object(composed)
     cfg.check()
+    for note in cfg.notes():
+        console.print(f"note: {note}", highlight=False)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if cfg.threads is not None:  # before torch reads it
         os.environ["OMP_NUM_THREADS"] = str(cfg.threads)

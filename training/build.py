@@ -28,7 +28,7 @@ from training.config import TrainingConfig
 from training.critic import Critic, make_critic
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
-from training.members import EgaeConfig, TruncatedConfig
+from training.members import AdaptiveConfig, EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
@@ -137,6 +137,11 @@ def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
     reward = instantiate(cfg.reward)
     if getattr(reward, "needs_tools", False) and not task.tools():
         raise UserError(f"reward: {type(reward).__name__} rewards tool calls, but task {task.name} has no tools")
+    if getattr(reward, "teaches_solved", False) and isinstance(cfg.budget, AdaptiveConfig) and cfg.budget.low < 4:
+        raise UserError(
+            f"budget.low: {type(reward).__name__} teaches something on prompts that always succeed, and "
+            f"{cfg.budget.low} rollouts of those cannot show it; give at least 4, or take budget=uniform"
+        )
     return Axes(instantiate(cfg.budget), reward, instantiate(cfg.advantage), instantiate(cfg.selection))
 
 

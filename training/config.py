@@ -12,9 +12,11 @@ from rollout import config as rollout_config
 from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, require
 from rollout.scheduling.options import KEY, Options
 from training.members import (
+    AdaptiveConfig,
     AllConfig,
     AnchorConfig,
     BatchConfig,
+    BayesKnapsackConfig,
     CheckpointConfig,
     CispoConfig,
     ClipConfig,
@@ -26,6 +28,7 @@ from training.members import (
     GroupConfig,
     GspoConfig,
     KlConfig,
+    KnapsackConfig,
     LoraConfig,
     ModelConfig,
     NoCorrectionConfig,
@@ -128,6 +131,15 @@ class TrainingConfig:
         self._check_critic()
         self._check_window()
         self.scheduler.check(self.engine)
+
+    def notes(self) -> list[str]:
+        """What works, but perhaps not as meant."""
+        if isinstance(self.budget, AdaptiveConfig) and isinstance(self.advantage, GaeConfig | EgaeConfig):
+            return [
+                "budget: values groups by the chance that their rewards vary, which means nothing where a value model "
+                "judges each episode by itself; advantage=group is what it is made for"
+            ]
+        return []
         elsewhere = self.scheduler.policy is not None and Options.read(self.scheduler.options).save_latencies
         require(
             not elsewhere,
@@ -215,7 +227,7 @@ class TrainingConfig:
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "budget": {"uniform": UniformConfig},
+    "budget": {"uniform": UniformConfig, "knapsack": KnapsackConfig, "bayes_knapsack": BayesKnapsackConfig},
     "advantage": {"group": GroupConfig, "rloo": RlooConfig, "gae": GaeConfig, "egae": EgaeConfig},
     "loss": {"clip": ClipConfig, "cispo": CispoConfig, "gspo": GspoConfig},
     "correction": {

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import MISSING
+
 from rollout.config import require
 
 
@@ -128,6 +130,58 @@ class UniformConfig:
 
     def __post_init__(self) -> None:
         require(self.samples > 0, "budget.samples", f"{self.samples} must be at least 1")
+
+
+@dataclass
+class AdaptiveConfig(UniformConfig):
+    """Between ``low`` and ``high`` rollouts for a prompt, ``samples`` in the mean, by the prompts' success rates."""
+
+    _target_: str = MISSING
+    low: int = 2
+    high: int = 128
+    history: str | None = None  # a checkpoint of another run: begin with what it had seen of the prompts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.low >= 0 and self.low != 1, "budget.low", f"{self.low} must be 0, or 2 or more")
+        require(
+            self.low <= self.samples <= self.high,
+            "budget.samples",
+            f"{self.samples} must be from budget.low={self.low} to budget.high={self.high}",
+        )
+        require(self.high >= 2, "budget.high", f"{self.high} must be at least 2")
+
+
+@dataclass
+class KnapsackConfig(AdaptiveConfig):
+    """As published: success rates of the last visits, fall-backs for prompts that always or never succeeded."""
+
+    _target_: str = "training.budgets.Knapsack"
+    least_seen: int = 8  # rollouts before a prompt is judged by them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.low >= 2, "budget.low", f"{self.low} must be at least 2: a prompt that gets none is never judged")
+        require(self.least_seen >= 1, "budget.least_seen", f"{self.least_seen} must be at least 1")
+
+
+@dataclass
+class BayesKnapsackConfig(AdaptiveConfig):
+    """The value's expectation over a Beta posterior of each prompt's success rate."""
+
+    _target_: str = "training.budgets.BayesKnapsack"
+    low: int = 0
+    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # successes, failures
+    half_life: float | None = None  # rounds; None: what was seen counts for ever
+    cost: str = "rollouts"  # or tokens: the budget is the tokens that ``samples`` of each prompt would take
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = len(self.prior) == 2 and min(self.prior) > 0
+        require(right, "budget.prior", f"{list(self.prior)} must be two positive numbers, of successes and of failures")
+        if self.half_life is not None:
+            require(self.half_life > 0, "budget.half_life", f"{self.half_life} must be above 0, or null")
+        require(self.cost in ("rollouts", "tokens"), "budget.cost", f"{self.cost} must be rollouts or tokens")
 
 
 @dataclass

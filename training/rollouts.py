@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Source:
     timeout_s: float
 
     def jobs(self, prompts: int) -> list[tuple[str, list[Job]]]:
-        """By visit, the jobs that the budget gives to the next prompts."""
+        """By visit, the jobs that the budget gives to the next prompts; one that gets none is passed over."""
         asked = self.prompts.take(prompts)
         counts = self.axes.budget([row for row, _ in asked])
         return [
@@ -78,7 +79,8 @@ class Source:
         ]
 
     def rewarded(self, group: Group) -> Group:
-        """The group with its rewards."""
+        """The group with its rewards; the budget sees it too."""
+        self.axes.budget.observe(group.episodes)
         for episode, rewards in zip(group.episodes, self.axes.reward(group.episodes), strict=True):
             episode.rewards = rewards
             if not math.isfinite(episode.reward):
@@ -130,6 +132,8 @@ class CompleteRollouts:
         self._version = version
         for visit, size in Counter(job.group_id for job in jobs).items():
             self.buffer.expect(visit, size, version)
+        # Engines that share the work should not get all of a large group each; siblings share their prompt's KV anyway.
+        random.Random(f"{self.source.prompts.seed} {jobs[0].group_id}").shuffle(jobs)
         self._playing = self.source.runner.fill(self.buffer, jobs, self.source.policy.speaker)
 
     def _take(self, version: int) -> list[Group]:

@@ -18,7 +18,7 @@ from rollout import plots
 from rollout.display import Stage, stage
 from rollout.errors import UserError
 from rollout.evaluation import evaluate
-from training import build, checkpoint, summary
+from training import build, checkpoint, success_history, summary
 from training.config import TrainingConfig
 from training.journal import Journal
 from training.models import load_policy
@@ -171,5 +171,9 @@ def finish(cfg: TrainingConfig, directory: RunDirectory, seconds: float) -> dict
     rows = plots.read_jsonl(directory.path / "metrics.jsonl")
     plots.plot_reward(rows, directory.evaluations, directory.path / "reward.png")
     plots.plot_behaviour(rows, directory.path / "behaviour.png")
+    last = checkpoint.latest(directory.checkpoints)
+    history = last is not None and (last / success_history.FILE).exists()
+    if history and (spent := success_history.SuccessHistory.read(last).spent()):
+        plots.plot_budget(spent, directory.path / "budget.png")
     summary.show(result, directory, cfg)
     return result

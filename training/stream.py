@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import deque
@@ -95,8 +96,10 @@ class RolloutStream:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later stream needs to go on as this one would."""
+        history = self.axes.budget.history
         return {
             "prompts": self.rollouts.source.prompts.state_dict(),
+            "history": None if history is None else history.state_dict(),
             "rollouts": self.rollouts.state_dict(),
             "rounds": self.rounds,
             "pending": list(self.pending),
@@ -105,6 +108,8 @@ class RolloutStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rollouts.source.prompts.load_state_dict(state["prompts"])
         self.rollouts.load_state_dict(state["rollouts"])
+        if (history := self.axes.budget.history) is not None and state["history"] is not None:
+            history.load_state_dict(state["history"])
         self.rounds, self.pending = state["rounds"], deque(state["pending"])
 
     def _round(self) -> None:
@@ -168,12 +173,15 @@ class RolloutStream:
         ]
 
     def _parts(self, groups: list[list[Member]], epoch: int, n: int) -> Iterator[list[Member]]:
-        """The groups in ``n`` parts, in an order that depends on seed, round and epoch alone."""
+        """The groups in ``n`` parts of about as many episodes, in an order that seed, round and epoch alone decide."""
         order = list(range(len(groups)))
         if n > 1:
             random.Random(f"{self.seed} {self.rounds} {epoch}").shuffle(order)
-        for part in np.array_split(np.array(order, dtype=int), n):
-            yield [member for i in part for member in groups[i]]
+        total = max(sum(map(len, groups)), 1)
+        ends = itertools.accumulate(len(groups[i]) for i in order)
+        middles = [(end - len(groups[i]) / 2) * n / total for i, end in zip(order, ends, strict=True)]
+        for part in range(n):
+            yield [m for i, middle in zip(order, middles, strict=True) if int(middle) == part for m in groups[i]]
 
     def _pack(self, members: list[Member]) -> list[MicroBatch]:
         """The policy's: own tokens that it has not been trained on."""
@@ -230,7 +238,8 @@ def round_metrics(played: Round) -> dict[str, float]:
     """What a round of rollouts was like, over all episodes that ended in it, also those that selection gave up.
 
     Means over episodes are left out where none has ended. ``effective_gradient_ratio`` is the share of rollouts in
-    groups whose rewards vary (arXiv 2509.25849).
+    groups whose rewards vary, ``effective_prompt_ratio`` that of groups (arXiv 2509.25849); ``budget/`` the mean group
+    of a difficulty, where there are several, of prompts that got any.
     """
     seen = played.seen
     episodes = [episode for group in seen for episode in group.episodes]
@@ -245,6 +254,7 @@ def round_metrics(played: Round) -> dict[str, float]:
         return metrics
     n = len(episodes)
     varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
+    succeeded = [[episode.success for episode in group.episodes] for group in seen if group.episodes]
     turns = [turn for episode in episodes for turn in episode.turns]
     metrics |= {
         "reward": sum(e.reward for e in episodes) / n,
@@ -257,7 +267,17 @@ def round_metrics(played: Round) -> dict[str, float]:
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),
         "rollout/truncated": sum(e.status == "truncated" for e in episodes) / n,
         "effective_gradient_ratio": sum(len(group.episodes) for group in varied) / n,
+        "effective_prompt_ratio": len(varied) / len(succeeded),
+        "rollout/all_right": sum(map(all, succeeded)) / len(succeeded),
+        "rollout/all_wrong": sum(not any(group) for group in succeeded) / len(succeeded),
+        "rollout/largest_group": float(max(map(len, succeeded))),
     }
+    by_difficulty: dict[str, list[int]] = {}
+    for group in seen:
+        if group.episodes:
+            by_difficulty.setdefault(group.episodes[0].difficulty, []).append(len(group.episodes))
+    if len(by_difficulty) > 1:
+        metrics |= {f"budget/{name}": sum(sizes) / len(sizes) for name, sizes in sorted(by_difficulty.items())}
     for name in sorted({name for episode in episodes for name in episode.rewards}):
         metrics[f"reward/{name}"] = sum(episode.rewards.get(name, 0.0) for episode in episodes) / n
     return metrics

@@ -177,6 +177,8 @@ class RolloutTrainer(Trainer):
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
             torch.save(self.stream.state_dict(), folder / "stream.pt")
+            if (history := self.stream.axes.budget.history) is not None:  # for other runs; this one has it in stream.pt
+                history.write(folder)
             if self.critic is not None:
                 self.critic.save(folder)
             latencies = self.checkpoints.with_name(LATENCIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from rollout.runner import Runner
 from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool
 from training.advantages import Group
-from training.budgets import Uniform
+from training.budgets import BayesKnapsack, Uniform
 from training.members import BatchConfig
 from training.packing import unpack
 from training.prompts import PromptOrder
@@ -30,6 +31,7 @@ from training.rewards import TaskReward
 from training.rollouts import Axes, CompleteRollouts, Source
 from training.selection import All, DropOverlong, DynamicSampling
 from training.stream import RolloutStream, StepBatch
+from training.success_history import Visit
 
 ROWS = [Row(f"q{i}", [{"role": "user", "content": "?"}], i) for i in range(10)]
 PAD, LENGTH = 0, 40
@@ -232,8 +234,36 @@ def test_overlong_episodes_count_in_their_group_and_not_in_the_denominator(runne
     assert sorted({round(float(a), 4) for a in advantages}) == [round(-7 / 15, 4), round(8 / 15, 4)]
 
 
+def test_a_budget_may_give_a_prompt_none_and_another_most(runner: Runner) -> None:
+    def adaptive() -> BayesKnapsack:
+        budget = BayesKnapsack(4, low=0, high=16)
+        for number in range(8):  # two questions vary, the others are hopeless or solved
+            right = 20 if number in (0, 1) else 0 if number < 5 else 500
+            visit = f"q{number}.before"
+            wrong = 40 if number in (0, 1) else 500 if number < 5 else 0
+            assert budget.history is not None
+            budget.history.visits[f"q{number}"] = [Visit(visit, 0, right + wrong, right, 4)]
+        return budget
+
+    settings = {"prompts": 8, "minibatches": 2, "hard": lambda number: number < 2}
+    made, rounds = stream(runner, **settings, budget=adaptive())
+    steps = take(made, 2)
+    sizes = {visit.partition(".")[0]: len(firsts) for visit, firsts in zip(*rounds[0], strict=True)}
+    assert sizes == {"q0": 16, "q1": 16}
+    assert steps[0]["metrics"]["rollout/largest_group"] == 16 and steps[0]["metrics"]["effective_prompt_ratio"] == 1
+    assert {frozenset(trained(step)) for step in steps} == {frozenset({0}), frozenset({1})}, "as many rollouts in each"
+    later, later_rounds = stream(runner, **settings, budget=adaptive())
+    later.load_state_dict(pickle.loads(pickle.dumps(made.state_dict())))
+    assert list(map(tokens, take(later, 4))) == list(map(tokens, take(made, 4)))
+    assert later_rounds == rounds[1:]
+
+
 def test_ragged_groups(runner: Runner) -> None:
-    made, rounds = stream(runner, budget=lambda rows: [0, 1, 3, 2][: len(rows)], prompts=4)
+    class Ragged(Uniform):
+        def __call__(self, rows: Any) -> list[int]:
+            return [0, 1, 3, 2][: len(rows)]
+
+    made, rounds = stream(runner, budget=Ragged(), prompts=4)
     (step,) = take(made, 1)
     visits, advantages = rounds[0]
     asked = [visit for _, visit in PromptOrder(ROWS[:8], 5).take(4)]

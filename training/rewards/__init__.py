@@ -9,7 +9,11 @@ from rollout.episode import Episode
 
 
 class Reward(Protocol):
-    """Shapes one finished group. A class that reads tool calls sets ``needs_tools``; tasks without tools refuse it."""
+    """Shapes one finished group. A class that reads tool calls sets ``needs_tools``; tasks without tools refuse it.
+
+    One that tells right answers from better ones also sets ``teaches_solved``: budgets that withdraw rollouts from
+    prompts that always succeed then have to leave them enough.
+    """
 
     needs_tools: bool
 
