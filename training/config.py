@@ -131,15 +131,6 @@ class TrainingConfig:
         self._check_critic()
         self._check_window()
         self.scheduler.check(self.engine)
-
-    def notes(self) -> list[str]:
-        """What works, but perhaps not as meant."""
-        if isinstance(self.budget, AdaptiveConfig) and isinstance(self.advantage, GaeConfig | EgaeConfig):
-            return [
-                "budget: values groups by the chance that their rewards vary, which means nothing where a value model "
-                "judges each episode by itself; advantage=group is what it is made for"
-            ]
-        return []
         elsewhere = self.scheduler.policy is not None and Options.read(self.scheduler.options).save_latencies
         require(
             not elsewhere,
@@ -163,6 +154,15 @@ class TrainingConfig:
         }
         for key in self.trainer:
             require(key in allowed, f"trainer.{key}", f"is not for users; allowed are {', '.join(sorted(allowed))}")
+
+    def notes(self) -> list[str]:
+        """What works, but perhaps not as meant."""
+        if isinstance(self.budget, AdaptiveConfig) and isinstance(self.advantage, GaeConfig | EgaeConfig):
+            return [
+                "budget: values groups by the chance that their rewards vary, which means nothing where a value model "
+                "judges each episode by itself; advantage=group is what it is made for"
+            ]
+        return []
 
     def _check_staleness(self) -> None:
         if self.max_staleness == 0:

@@ -61,6 +61,9 @@ REFUSED = {
     "scheduler=program_cap": r"scheduler\.options\.turnstile\.cap: required and not given; add scheduler\.options\.",
     "scheduler=turnstile scheduler.options.turnstile.latencies=no.json": r"tool latencies no\.json: cannot be read",
     "scheduler=turnstile scheduler.options.turnstile.save_latencies=x": r"scheduler\.options.*: training keeps them in",
+    "budget=knapsack budget.low=0": r"budget\.low: 0 must be at least 2: a prompt that gets none is never judged",
+    "budget=bayes_knapsack budget.high=4": r"budget\.samples: 8 must be from budget\.low=0 to budget\.high=4",
+    "budget=bayes_knapsack budget.cost=money": r"budget\.cost: money must be rollouts or tokens",
     "task.operators=/": r"task.operators: '/' may hold only \+ - \*",
 }
 
@@ -108,3 +111,9 @@ def test_members_know_the_classes_that_read_them_and_these_their_settings() -> N
                 parameters = inspect.signature(resolve_name(target)).parameters
                 settings = {field.name for field in fields(schema)} - {"_target_"}
                 assert settings <= set(parameters), f"{group}/{name}"
+
+
+def test_a_budget_that_means_nothing_to_a_critic_is_said_at_start() -> None:
+    (note,) = checked("algorithm=tppo", "budget=bayes_knapsack").notes()
+    assert note.startswith("budget: ") and "advantage=group" in note
+    assert checked("algorithm=knapsack_grpo").notes() == checked("algorithm=tppo").notes() == []

@@ -20,6 +20,7 @@ from rollout.scheduling.files import LATENCIES, NUMBERS
 from rollout.scheduling.latency import ToolLatencies
 from rollout.scheduling.metrics import read_snapshot
 from tests.training.launch import SMALL, context, train
+from training.success_history import SuccessHistory
 
 
 def run(overrides: list[str], log: Path, before: object = None) -> tuple[int | None, str]:
@@ -83,6 +84,15 @@ WAYS = {
     "groups of windows": ["window=truncated", "window.length=5", *EXACT],
     "one step off": ["max_staleness=1", *EXACT],
     "over-provisioned": ["window=over_provisioned"],
+    "knapsack": ["budget=knapsack", "budget.least_seen=2", "advantage=rloo"],
+    "tokens": ["budget=bayes_knapsack", "budget.cost=tokens", "batch.minibatches=2", "selection=dynamic_sampling"],
+    "budgets of windows": [
+        "budget=bayes_knapsack",
+        "budget.half_life=4",
+        "window=truncated",
+        "window.length=5",
+        *EXACT,
+    ],
 }
 
 
@@ -99,6 +109,10 @@ def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: P
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert max(row.get("policy/tokens", 0.0) for row in rows) > 0
     assert (tmp_path / "run" / "checkpoints" / "step-8" / "critic").exists() == bool(critic)
+    if "budget=" in " ".join(WAYS[way]):
+        known = SuccessHistory.read(tmp_path / "run" / "checkpoints" / "step-8").visits.values()
+        trained = sum(row.get("rollout/episodes", 0) for row in rows)
+        assert sum(visit.rollouts for visits in known for visit in visits) >= trained > 0
 
 
 def test_the_scheduler_kept_its_numbers_and_latencies_travel(finished: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,8 @@ from rollout.episode import Episode, Sequence, ToolResult, Turn
 from rollout.runner import Runner
 from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool
-from training.advantages import Group
-from training.budgets import BayesKnapsack, Uniform
+from training.advantages import Group, Rloo
+from training.budgets import BayesKnapsack, Knapsack, Uniform
 from training.members import BatchConfig
 from training.packing import unpack
 from training.prompts import PromptOrder
@@ -256,6 +257,27 @@ def test_a_budget_may_give_a_prompt_none_and_another_most(runner: Runner) -> Non
     later.load_state_dict(pickle.loads(pickle.dumps(made.state_dict())))
     assert list(map(tokens, take(later, 4))) == list(map(tokens, take(made, 4)))
     assert later_rounds == rounds[1:]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [partial(Knapsack, least_seen=4), BayesKnapsack, partial(BayesKnapsack, cost="tokens", half_life=2.0)],
+)
+@pytest.mark.parametrize("advantage", [Group(), Group(normalize=False, clip=5.0), Rloo()])
+@pytest.mark.parametrize("selection", [All(), DynamicSampling(2), DropOverlong()])
+def test_budgets_go_with_every_group_advantage_and_selection(
+    runner: Runner, budget: Any, advantage: Any, selection: All
+) -> None:
+    settings: Any = {"prompts": 4, "minibatches": 2, "advantage": advantage, "selection": selection}
+    made, rounds = stream(runner, **settings, hard=lambda number: number % 3 == 0, budget=budget(4, high=12))
+    for step in take(made, 8):
+        assert weight(step) <= 1 + 1e-6
+        for batch in step["micro_batches"]:
+            assert bool(torch.isfinite(batch.advantages).all())
+    assert len(rounds) == 4 and len({len(firsts) for _, each in rounds for firsts in each}) > 1, "ragged"
+    for _, each in rounds:
+        for firsts in each:
+            assert abs(sum(firsts)) < 1e-5 * len(firsts)
 
 
 def test_ragged_groups(runner: Runner) -> None:
