@@ -12,9 +12,9 @@ from random import Random
 
 from rollout.environment import Row
 from rollout.tasks import Split
-from rollout.tasks.long_chain import STARTS, LongChain, held_out
+from rollout.tasks.long_chain import STARTS, WORDINGS, LongChain, held_out
 
-COUNTS = {"trivial": (2, 3), "medium": (7, 9), "hard": (20, 28), "hopeless": (7, 9)}
+COUNTS = {"trivial": (1, 2), "medium": (7, 9), "hard": (20, 28), "hopeless": (7, 9)}
 NO_ANSWER = -1
 
 
@@ -37,7 +37,7 @@ class MixedChains(LongChain):
             wanted = len(rows) + size
             while len(rows) < wanted:
                 start, count = rng.choice(STARTS), rng.randint(*COUNTS[kind])
-                row = self._row(start, count)
+                row = self._row(start, count, rng.choice(WORDINGS))
                 if held_out(start, count) == (split == "test") and row.id not in rows:
                     answer = NO_ANSWER if kind == "hopeless" else row.answer
                     rows[row.id] = replace(row, difficulty=kind, answer=answer)

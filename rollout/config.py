@@ -166,7 +166,7 @@ class LongChainConfig:
         for name in ("size", "test_size"):
             require(getattr(self, name) > 0, f"task.{name}", f"{getattr(self, name)} must be at least 1")
         require(0 <= self.slip <= 1, "task.slip", f"{self.slip} must be in [0, 1]")
-        shortest = 19  # three lines with two digits of count
+        shortest = 14  # two lines with two digits of count
         require(
             self.median_tokens >= shortest, "task.median_tokens", f"{self.median_tokens} must be at least {shortest}"
         )

@@ -1,10 +1,10 @@
 """Chains of digits with a pinned, heavy-tailed law of solution lengths: what windows and critics are measured on.
 
-A question gives three digits and a number to count down from; each next digit is the sum of the last and of the third
-last, mod 10. The solution stands in the think block, one line a digit, ``count:digit`` down to 0, and the answer is the
-last digit. A step needs the three lines before it and no more, so a tiny model learns it for chains of every length.
-The chains of the starts in use have periods of 31 and 217, so that to stop early or to copy an old line is a guess.
-(Affine maps mod 10 would not do: most have periods of at most 4.)
+A question gives two digits and a number to count down from; each next digit is the sum of the last two, mod 10. The
+solution stands in the think block, one line a digit, ``count:digit`` down to 0, and the answer is the last digit. A
+step needs the two lines before it and no more, so a tiny model learns it at once for chains of every length. The
+wording is one of seven. The chains of the starts in use have periods of 12, 20 and 60, so that to stop early or to copy
+an old line is a guess. (Affine maps mod 10 would not do: most have periods of at most 4.)
 
 Own tokens (all that the policy writes, its stop token included) are lognormal, ``median_tokens`` at the median and
 ``longest_tokens`` at the 99th percentile, which is also the maximum; a set takes the quantiles of that law evenly.
@@ -32,16 +32,25 @@ from rollout.tasks import Demonstration, Split, ToolEnvironment, row_id
 from rollout.tasks.arithmetic import is_right
 from rollout.tools import Tool
 
-QUESTION = "Each digit is the sum of the last and the third last. Start with {start} and count down from {count}."
-STARTS = tuple(start for start in (f"{i:03}" for i in range(1000)) if set(start) - {"0", "5"})  # others: periods of 7
+WORDINGS = (
+    "Each digit is the sum of the two before it, without tens. Start with {start} and count down from {count}.",
+    "Start with {start}, count down from {count}: each digit is the sum of the two before it, without tens.",
+    "Count down from {count}. The digits start with {start}; add the last two, without tens.",
+    "Add the last two digits, without tens, from {start} on. Count down from {count}.",
+    "Start: {start}. Count down from {count} and add the last two digits, without tens.",
+    "Each digit after {start} is the last two added, without tens. Count from {count} down.",
+    "From {count} down to 0: begin with {start} and add the last two digits, without tens.",
+)
+SHORT_PERIODS = {"00", "05", "50", "55", "26", "68", "84", "42"}  # back at the start within 4 steps
+STARTS = tuple(start for start in (f"{i:02}" for i in range(100)) if start not in SHORT_PERIODS)
 P99 = NormalDist().inv_cdf(0.99)
 
 
 def chain(start: str, count: int, *, slip: float = 0.0, rng: Random | None = None) -> list[int]:
-    """``count`` + 1 digits, of which the start is three; with ``rng`` each of the others slips with ``slip``."""
+    """``count`` + 1 digits, of which the start is two; with ``rng`` each of the others slips with ``slip``."""
     digits = [int(digit) for digit in start]
-    for _ in range(count - 2):
-        digit = (digits[-1] + digits[-3]) % 10
+    for _ in range(count - 1):
+        digit = (digits[-1] + digits[-2]) % 10
         if rng is not None and rng.random() < slip:
             digit = (digit + rng.randint(1, 9)) % 10
         digits.append(digit)
@@ -64,11 +73,11 @@ def count_width(longest_tokens: int) -> int:
 
 
 def count_at(quantile: float, median_tokens: int, longest_tokens: int) -> int:
-    """The count, at least 2, whose solution is closest to the law's length at ``quantile`` in (0, 1)."""
+    """The count, at least 1, whose solution is closest to the law's length at ``quantile`` in (0, 1)."""
     width = count_width(longest_tokens)
     tokens = median_tokens * (longest_tokens / median_tokens) ** (NormalDist().inv_cdf(quantile) / P99)
     most = min(10**width - 1, (longest_tokens - 4) // (width + 3) - 1)
-    return min(max(round((min(tokens, longest_tokens) - 4) / (width + 3)) - 1, 2), most)
+    return min(max(round((min(tokens, longest_tokens) - 4) / (width + 3)) - 1, 1), most)
 
 
 def held_out(start: str, count: int) -> bool:
@@ -113,17 +122,20 @@ class LongChain:
     def _draw(self, split: Split, size: int, key: str, rng: Random) -> list[Row]:
         """Distinct questions at the quantiles (i + 1/2) / ``size``."""
         counts = Counter(count_at((i + 0.5) / size, *self._law) for i in range(size))
-        starts = {count: [s for s in STARTS if held_out(s, count) == (split == "test")] for count in counts}
-        if any(len(starts[count]) < wanted for count, wanted in counts.items()):
+        asked = {
+            count: [(s, w) for s in STARTS if held_out(s, count) == (split == "test") for w in WORDINGS]
+            for count in counts
+        }
+        if any(len(asked[count]) < wanted for count, wanted in counts.items()):
             # Of m even quantiles, an interval that holds k of n others holds at most m (k + 1) / n + 1.
-            most = min((len(starts[count]) - 1) * size // (wanted + 1) for count, wanted in counts.items())
+            most = min((len(asked[count]) - 1) * size // (wanted + 1) for count, wanted in counts.items())
             raise UserError(f"{key}: the law asks for more questions of one length than there are; give at most {most}")
-        rows = [self._row(start, count) for count in counts for start in rng.sample(starts[count], counts[count])]
+        rows = [self._row(start, count, w) for count in counts for start, w in rng.sample(asked[count], counts[count])]
         rng.shuffle(rows)
         return rows
 
-    def _row(self, start: str, count: int) -> Row:
-        text = QUESTION.format(start=start, count=f"{count:0{self._width}}")
+    def _row(self, start: str, count: int, wording: str) -> Row:
+        text = wording.format(start=start, count=f"{count:0{self._width}}")
         tokens = own_tokens(count, self._width)
         median, longest = self._law
         difficulty = "short" if tokens <= median else "middle" if tokens <= longest / 4 else "long"
@@ -139,7 +151,8 @@ class LongChain:
             start = rng.choice(STARTS)
             while held_out(start, count):
                 start = rng.choice(STARTS)
-            digits, row = chain(start, count, slip=self._slip, rng=rng), self._row(start, count)
+            digits = chain(start, count, slip=self._slip, rng=rng)
+            row = self._row(start, count, rng.choice(WORDINGS))
             answer: Message = {"role": "assistant", "content": str(digits[-1])}
             answer["reasoning_content"] = worked(digits, self._width)
             yield Demonstration([*row.messages, answer], style="think", difficulty=row.difficulty)

@@ -16,7 +16,7 @@ from rollout.environment import Row
 from rollout.episode import Episode, Status, Turn
 from rollout.errors import UserError
 from rollout.tasks import Demonstration
-from rollout.tasks.long_chain import STARTS, LongChain, chain, count_at, count_width, own_tokens, worked
+from rollout.tasks.long_chain import STARTS, WORDINGS, LongChain, chain, count_at, count_width, own_tokens, worked
 from training.models import train_tokenizer
 
 
@@ -26,9 +26,11 @@ def task() -> LongChain:
 
 
 def asked(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"Each digit is .* Start with (\d{3}) and count down from (\d\d)\.", text)
-    assert match is not None
-    return match[1], int(match[2])
+    found: dict[str, str] = {}
+    for wording in WORDINGS:
+        pattern = re.escape(wording).replace(r"\{start\}", r"(?P<start>\d\d)").replace(r"\{count\}", r"(?P<count>\d\d)")
+        found |= getattr(re.fullmatch(pattern, text), "groupdict", dict)()
+    return found["start"], int(found["count"])
 
 
 def slips(demonstration: Demonstration) -> tuple[int, int]:
@@ -40,11 +42,11 @@ def slips(demonstration: Demonstration) -> tuple[int, int]:
     for left, line in zip(range(count, -1, -1), lines, strict=True):
         shown, digit = line.split(":")
         assert shown == f"{left:02}"
-        wrong += len(digits) >= 3 and int(digit) != (digits[-1] + digits[-3]) % 10
+        wrong += len(digits) >= 2 and int(digit) != (digits[-1] + digits[-2]) % 10
         digits.append(int(digit))
-    assert "".join(map(str, digits[:3])) == start
+    assert f"{digits[0]}{digits[1]}" == start
     assert demonstration.messages[-1]["content"] == str(digits[-1])
-    return wrong, count - 2
+    return wrong, count - 1
 
 
 def test_lengths_follow_the_pinned_law_in_tokens_of_the_real_tokenizer_and_template(task: LongChain) -> None:
@@ -85,7 +87,7 @@ def test_demonstrations_never_show_a_question_of_the_test_split(task: LongChain)
 
 
 def test_difficulties_are_by_length(task: LongChain) -> None:
-    bounds = {"short": (19, 64), "middle": (69, 124), "long": (129, 504)}
+    bounds = {"short": (14, 64), "middle": (69, 124), "long": (129, 504)}
     for row in task.rows("train") + task.rows("test"):
         low, high = bounds[row.difficulty]
         assert low <= row.extras["own_tokens"] <= high
@@ -95,28 +97,28 @@ def test_difficulties_are_by_length(task: LongChain) -> None:
 def test_answers_are_the_last_digits_of_their_chains(task: LongChain) -> None:
     for row in task.rows("train")[:300]:
         start, count = asked(row.messages[0]["content"])
-        a, b, c = map(int, start)
-        for _ in range(count - 2):
-            a, b, c = b, c, (a + c) % 10
-        assert row.answer == c
+        a, b = map(int, start)
+        for _ in range(count - 1):
+            a, b = b, (a + b) % 10
+        assert row.answer == b
 
 
-@given(st.sampled_from(STARTS), st.integers(2, 300), st.integers(1, 3))
+@given(st.sampled_from(STARTS), st.integers(1, 300), st.integers(1, 3))
 def test_a_worked_chain_counts_down_and_shows_each_digit(start: str, count: int, width: int) -> None:
     digits = chain(start, count)
     lines = worked(digits, width).split("\n")
     assert [line.split(":") for line in lines] == [[f"{count - i:0{width}}", str(d)] for i, d in enumerate(digits)]
-    assert "".join(map(str, digits[:3])) == start
-    assert all((x + z) % 10 == new for x, z, new in zip(digits, digits[2:], digits[3:], strict=False))
+    assert f"{digits[0]}{digits[1]}" == start
+    assert all((x + y) % 10 == z for x, y, z in zip(digits, digits[1:], digits[2:], strict=False))
 
 
-def test_chains_of_the_starts_in_use_come_back_after_31_steps_at_the_earliest() -> None:
+def test_chains_of_the_starts_in_use_come_back_after_12_steps_at_the_earliest() -> None:
     def period(start: str) -> int:
-        digits = chain(start, 225)
-        return next(i for i in range(1, 220) if digits[i : i + 3] == digits[:3])
+        digits = chain(start, 71)
+        return next(i for i in range(1, 70) if digits[i : i + 2] == digits[:2])
 
-    assert Counter(map(period, STARTS)) == {217: 868, 31: 124}
-    assert all(period(f"{i:03}") <= 7 for i in range(1000) if f"{i:03}" not in STARTS)
+    assert Counter(map(period, STARTS)) == {60: 60, 20: 20, 12: 12}
+    assert all(period(f"{i:02}") < 12 for i in range(100) if f"{i:02}" not in STARTS)
 
 
 def test_demonstrations_slip_at_the_given_rate_and_answer_the_wrong_chain(task: LongChain) -> None:
@@ -124,13 +126,13 @@ def test_demonstrations_slip_at_the_given_rate_and_answer_the_wrong_chain(task: 
     assert demos[:100] == list(task.demonstrations(100, seed=3))
     assert demos[:100] != list(task.demonstrations(100, seed=4))
     wrong, sums = map(sum, zip(*map(slips, demos), strict=True))
-    assert sums > 29_000 and abs(wrong / sums - 0.08) < 0.005
+    assert sums > 30_000 and abs(wrong / sums - 0.08) < 0.005
     assert {(demo.style, demo.weight) for demo in demos} == {("think", 1.0)}
     assert all(slips(demo)[0] == 0 for demo in LongChain(slip=0.0).demonstrations(200))
     assert all(wrong == sums for wrong, sums in map(slips, LongChain(slip=1.0).demonstrations(200)))
 
 
-@given(st.integers(19, 100), st.floats(1.5, 12), st.lists(st.floats(0.001, 0.999), min_size=2, max_size=8))
+@given(st.integers(16, 100), st.floats(1.5, 12), st.lists(st.floats(0.001, 0.999), min_size=2, max_size=8))
 def test_the_law_scales(median: int, tail: float, quantiles: list[float]) -> None:
     longest = round(median * tail)
     width = count_width(longest)
@@ -141,11 +143,11 @@ def test_the_law_scales(median: int, tail: float, quantiles: list[float]) -> Non
     assert count_at(0.999, median, longest) < 10**width
 
 
-@pytest.mark.parametrize("law", [{}, {"median_tokens": 19, "longest_tokens": 64}, {"longest_tokens": 2000}])
+@pytest.mark.parametrize("law", [{}, {"median_tokens": 16, "longest_tokens": 64}, {"longest_tokens": 2000}])
 def test_more_rows_than_questions_are_refused_with_a_number_that_is_not(law: dict[str, Any]) -> None:
     for key, other in (("size", "test_size"), ("test_size", "size")):
         with pytest.raises(UserError, match=rf"^task\.{key}: .* give at most (\d+)$") as refused:
-            LongChain(**law, **{key: 50_000, other: 1})
+            LongChain(**law, **{key: 20_000, other: 1})
         most = int(str(refused.value).rpartition(" ")[2])
         rows = LongChain(**{key: most, other: 1}, **law).rows("train" if key == "size" else "test")
         assert len({row.id for row in rows}) == most > 20
@@ -158,7 +160,7 @@ def test_more_rows_than_questions_are_refused_with_a_number_that_is_not(law: dic
         ({"test_size": 0}, "test_size"),
         ({"slip": 1.5}, "slip"),
         ({"slip": -0.1}, "slip"),
-        ({"median_tokens": 18}, "median_tokens"),
+        ({"median_tokens": 13}, "median_tokens"),
         ({"median_tokens": 64, "longest_tokens": 64}, "longest_tokens"),
     ],
 )
