@@ -1,6 +1,6 @@
 """KV retention under the virtual clock: stock, order alone, admission alone, ours and a bound, over workloads × loads.
 
-    python -m benchmarks.kv_ttl_sim [--seeds N] [--programs 300] [--only swe] [--full]
+    python -m benchmarks.kv_ttl_sim [--seeds N] [--programs 300] [--only swe] [--load overload] [--full]
 
 Clients name their session and tell the scheduler nothing else. That a tool was called, or that an answer is the last of
 its job, it learns as from an output in a known format: synthetic tokens say nothing, so the simulator tells it when the
@@ -175,17 +175,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="in every cell")
     parser.add_argument("--programs", type=int, default=300)
     parser.add_argument("--only", choices=[*KNEE[FIRST], "rl_batch"], help="this workload alone")
+    parser.add_argument("--load", choices=LOADS, help="this load alone: no bars")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
     args = parser.parse_args()
     report = Report("kv_ttl_sim")
     programs = 10 if args.quick else args.programs
-    grid = [c for c in cells(args.full, programs) if args.only in (None, c.workload)]
+    grid = [c for c in cells(args.full, programs) if args.only in (None, c.workload) and args.load in (None, c.load)]
     if args.quick:
         grid = [c for c in grid if c.workload == "swe" and c.hardware == FIRST]
     store = Outcomes(report)
-    rl = args.only in (None, "rl_batch")
+    rl = args.only in (None, "rl_batch") and args.load is None
     seeds = {workload: 1 if args.quick else args.seeds or count for workload, count in SEEDS.items()}
     todo = [run for cell in grid for seed in range(seeds[cell.workload]) for run in runs(cell, seed, args.full)]
     if rl:
@@ -201,10 +202,10 @@ def main() -> None:
             trade_off(args.plots / "kv_ttl_sim_overload.png", trade_offs(store, grid))
     if rl:
         judge_rl(report, store, list({run.cell: None for run in store.by_run if run.cell.load == "batch"}))
-    if args.only is None and not args.quick:
+    if args.only is None and args.load is None and not args.quick:
         predict(report)
     store.clear()
-    report.finish(args.quick)
+    report.finish(args.quick or args.load is not None)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def trade_off(path: Path, cells: Mapping[str, Sequence[Point]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     columns = 5
     rows = -(-len(cells) // columns)
@@ -45,6 +46,12 @@ def trade_off(path: Path, cells: Mapping[str, Sequence[Point]]) -> None:
             axes.plot(xs, ys, marker="o", markersize=4, label=arm, **{**look[arm], "linewidth": 0.8})
             for point in mine:
                 axes.annotate(point.label, (point.job_time, point.first_turn_p99), fontsize=6)
+        for scale in (axes.xaxis, axes.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_locator(NullLocator())
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.45), max(high, 1.1))  # at least one labelled tick beside stock's
         axes.tick_params(labelsize=7)
     figure.supxlabel("mean job time ÷ stock's", fontsize=9)
     figure.supylabel("p99 of the first token's wait ÷ stock's", fontsize=9)

@@ -2,7 +2,7 @@
 
 Every arm is ``python -m training experiment=long_chain`` in a process of its own, from one warm start. Pairs by seed,
 in turns. Seconds are from the start of training, the critic's warm-up included, to the step at which the mean reward of
-the last 1,024 finished episodes reaches the target. Windows favour short answers in their first steps, which that mean
+the last 512 finished episodes reaches the target. Windows favour short answers in their first steps, which that mean
 forgets. Beside the pairs, one seed each of other windows and other ways to keep an engine busy. Runs are kept: a
 benchmark that was stopped goes on from there.
 """
@@ -23,19 +23,28 @@ from benchmarks.training_runs import Run, train, warm_start
 SEEDS = 5
 LONGEST = 512  # own tokens of an episode
 WINDOW = LONGEST // 4
+MEAN = 95  # own tokens of an episode
+BATCH = 32  # episodes at a time: few enough that the rollouts take longer than the training, as they do at scale
 TARGET = 0.8
-SMOOTHED = 1024  # finished episodes
-PPO_STEPS = 40
+SMOOTHED = 512  # finished episodes
+PPO_STEPS = 64
+COMMON = [
+    "budget.samples=1",
+    f"batch.prompts={BATCH}",
+    "critic.optimizer.learning_rate=1e-3",
+    "evaluation.before=false",
+    "evaluation.greedy=false",
+    "evaluation.questions=null",
+]
 OFF_POLICY = ["correction=tis", "anchor=recomputed"]
 
-PPO = ["algorithm=ppo", "budget.samples=1", "batch.prompts=128", f"steps={PPO_STEPS}"]
-TPPO = ["algorithm=tppo", *PPO[1:3]]
+PPO = ["algorithm=ppo", *COMMON, f"steps={PPO_STEPS}"]
 QUICK = ["batch.prompts=8", "steps=3", "evaluation.questions=8", "critic.warmup_rounds=1"]
 
 
 def windowed(length: int) -> list[str]:
-    """As many own tokens in all as PPO's steps write, at most."""
-    return [*TPPO, f"window.length={length}", f"steps={2 * PPO_STEPS}"]
+    """About as many own tokens in all as PPO's steps write."""
+    return ["algorithm=tppo", *COMMON, f"window.length={length}", f"steps={math.ceil(PPO_STEPS * MEAN / length)}"]
 
 
 PAIR = {"ppo": PPO, "tppo": windowed(WINDOW)}
@@ -101,7 +110,7 @@ def draw(path: Path, arms: dict[str, list[Arm]]) -> None:
     axes.axhline(TARGET, color="grey", lw=0.8)
     axes.set_xlabel("seconds of training, critic warm-up included")
     axes.set_ylabel(f"mean reward of the last {SMOOTHED:,} episodes")
-    axes.set_title("long_chain, answers of up to 512 tokens (median 64), 128 at a time, on CPU")
+    axes.set_title("long_chain, answers of up to 512 tokens (median 64), 32 at a time, on CPU")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 

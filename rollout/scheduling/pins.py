@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ class Pins:
         self._alone = 0  # blocks that only pins hold
         self._pins: dict[Pin, None] = {}  # oldest first
         self._deadlines: list[tuple[float, int, Pin]] = []
-        self._held: Counter[int] = Counter()  # block id → pins that hold it
+        self._held: dict[int, int] = {}  # block id → pins that hold it
         self._stamps: dict[int, int] = {}
         self._stamp = 0
         pool.free_blocks = self._stamped_free  # type: ignore[method-assign]
@@ -96,7 +95,8 @@ class Pins:
             self._counters.refusals += 1
             return False
         self._touch(pin.blocks)
-        self._held.update(block.block_id for block in pin.blocks)
+        for block in pin.blocks:
+            self._held[block.block_id] = self._held.get(block.block_id, 0) + 1
         self._pins[pin] = None
         pin.program.pins.append(pin)
         if pin.deadline < math.inf:
@@ -110,12 +110,11 @@ class Pins:
         pin.program.pins.remove(pin)
         self.changed |= pin.returning
         freed: list[KVCacheBlock] = []
+        held = self._held
         for block in reversed(pin.blocks):
-            held = self._held[block.block_id] - 1
-            if held:
-                self._held[block.block_id] = held
-            else:
-                del self._held[block.block_id]
+            others = held.pop(block.block_id) - 1
+            if others:
+                held[block.block_id] = others
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 freed.append(block)
@@ -162,8 +161,8 @@ class Pins:
 
     def _of_pins(self, blocks: Iterable[KVCacheBlock]) -> int:
         """How many of these blocks are held by pins and nobody else."""
-        held = self._held
-        return sum(block.ref_cnt == held.get(block.block_id) for block in blocks)
+        held = self._held.get
+        return sum([block.ref_cnt == held(block.block_id) for block in blocks])
 
     def _age(self, block: KVCacheBlock) -> int:
         return self._stamps.get(block.block_id, 0)
