@@ -54,6 +54,7 @@ ARMS: dict[str, Callable[[int], Budget]] = {
     "dynamic_sampling": Uniform,
     "knapsack": Knapsack,
     "bayes_knapsack": BayesKnapsack,
+    "bayes, prior (1, 1)": lambda samples: BayesKnapsack(samples, prior=(1, 1)),
     "bayes, half-life 1 epoch": lambda samples: BayesKnapsack(samples, half_life=8.0),
 }
 

@@ -12,7 +12,16 @@ import torch
 
 from rollout.environment import Row
 from rollout.episode import Episode
-from training.knapsack import Floats, Ints, allocate, allocate_tokens, expected_gains, known_gains, require_feasible
+from training.knapsack import (
+    Floats,
+    Ints,
+    allocate,
+    allocate_tokens,
+    expected_gains,
+    fitted_prior,
+    known_gains,
+    require_feasible,
+)
 from training.success_history import SuccessHistory
 
 
@@ -200,9 +209,10 @@ class Knapsack(Adaptive):
 class BayesKnapsack(Adaptive):
     """``bayes_knapsack``: nothing is a special case, and prompts never seen are worth what the ``prior`` says.
 
-    ``prior``: pseudo-counts of successes and failures. ``half_life``: rounds after which what was seen counts half, as
-    the policy moves; None: for ever. ``cost`` "tokens": the budget is what ``samples`` rollouts of each prompt would
-    take, by their lengths so far, and is not exceeded; "rollouts": their number.
+    ``prior``: pseudo-counts of successes and failures; None: fitted to all prompts seen so far, at every call.
+    ``half_life``: rounds after which what was seen counts half, as the policy moves; None: for ever. ``cost`` "tokens":
+    the budget is what ``samples`` rollouts of each prompt would take, by their lengths so far, and is not exceeded;
+    "rollouts": their number.
     """
 
     def __init__(
@@ -210,13 +220,13 @@ class BayesKnapsack(Adaptive):
         samples: int = 8,
         low: int = 0,
         high: int = 128,
-        prior: Sequence[float] = (1.0, 1.0),
+        prior: Sequence[float] | None = None,
         half_life: float | None = None,
         cost: str = "rollouts",
         history: str | None = None,
     ) -> None:
         super().__init__(samples, low, high, history)
-        self.prior = (float(prior[0]), float(prior[1]))
+        self.prior = None if prior is None else (float(prior[0]), float(prior[1]))
         self.half_life, self.cost = half_life, cost
 
     def shares(self, prompt_ids: Sequence[str]) -> torch.Tensor:
@@ -226,6 +236,6 @@ class BayesKnapsack(Adaptive):
             total=self.samples * float(len(prompt_ids) if costs is None else costs.sum()),
             low=self.low,
             high=self.high,
-            prior=self.prior,
+            prior=self.prior or fitted_prior(*self.history.counts([*self.history.visits], self.half_life)),
             cost=costs,
         )

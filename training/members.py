@@ -171,14 +171,15 @@ class BayesKnapsackConfig(AdaptiveConfig):
 
     _target_: str = "training.budgets.BayesKnapsack"
     low: int = 0
-    prior: list[float] = field(default_factory=lambda: [1.0, 1.0])  # successes, failures
+    prior: list[float] | None = None  # successes, failures; None: fitted to all prompts seen so far
     half_life: float | None = None  # rounds; None: what was seen counts for ever
     cost: str = "rollouts"  # or tokens: the budget is the tokens that ``samples`` of each prompt would take
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        right = len(self.prior) == 2 and min(self.prior) > 0
-        require(right, "budget.prior", f"{list(self.prior)} must be two positive numbers, of successes and of failures")
+        if self.prior is not None:
+            right = len(self.prior) == 2 and min(self.prior) > 0
+            require(right, "budget.prior", f"{list(self.prior)} must be two positive numbers, or null to fit them")
         if self.half_life is not None:
             require(self.half_life > 0, "budget.half_life", f"{self.half_life} must be above 0, or null")
         require(self.cost in ("rollouts", "tokens"), "budget.cost", f"{self.cost} must be rollouts or tokens")
