@@ -10,15 +10,11 @@ learning rate is constant, so that an arm does not profit from where it stops.
 
 from __future__ import annotations
 
-import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import STORE, code
-from benchmarks.report import Report
-from benchmarks.training_runs import Run, train, warm_start
+from benchmarks.training_runs import Comparison, Run
 
 SEEDS = 5
 ROWS, PROMPTS, SAMPLES, STEPS, EVERY = 256, 16, 8, 64, 8
@@ -71,7 +67,7 @@ class Arm(Run):
         if not len(reached):
             return float(tokens[-1])
         i = int(reached[0])
-        return float(tokens[0] if i == 0 else np.interp(accuracy, curve[i - 1 : i + 1], tokens[i - 1 : i + 1]))
+        return float(1.0 if i == 0 else np.interp(accuracy, curve[i - 1 : i + 1], tokens[i - 1 : i + 1]))
 
     def effective(self, *, first_epoch: bool) -> float:
         """Mean effective-gradient ratio within the first epoch, or after it."""
@@ -111,23 +107,14 @@ def draw(path: Path, played: dict[str, list[Arm]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: no bars")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
-    arguments, overrides = parser.parse_known_args()
-    quick, seeds = arguments.quick, 1 if arguments.quick else arguments.seeds
-    report = Report("knapsack_effect")
-    root = STORE / "knapsack_effect" / (code() + ("-quick" if quick else ""))
-    report.console.print("warm start …", style="dim")
-    start = warm_start(root / "warm", "long_chain", ["warm_start.steps=20"] if quick else [])
+    what = __doc__.splitlines()[0]
+    comparison = Comparison("knapsack_effect", what, experiment="long_chain", seeds=SEEDS, quick=QUICK)
+    report, quick, seeds = comparison.report, comparison.quick, comparison.seeds
     played: dict[str, list[Arm]] = {name: [] for name in ARMS}
     for seed in range(seeds):
-        names = [*ARMS][seed % len(ARMS) :] + [*ARMS][: seed % len(ARMS)]
-        for name in names:
-            report.console.print(f"seed {seed + 1} of {seeds}: {name} …", style="dim")
-            settings = [*start, *SETTINGS, *ARMS[name], f"seed={seed}", *(QUICK if quick else []), *overrides]
-            played[name].append(Arm(train(root / f"{name}-{seed}", "long_chain", settings)))
+        for name in [*ARMS][seed % len(ARMS) :] + [*ARMS][: seed % len(ARMS)]:
+            folder = comparison.run(f"{name}, seed {seed}", [*SETTINGS, *ARMS[name], f"seed={seed}"])
+            played[name].append(Arm(folder))
     ends = [arm.curve()[1][-1] for arm in played["uniform"]]
     rows = []
     tokens = {name: [arm.tokens_to(end) for arm, end in zip(arms, ends, strict=True)] for name, arms in played.items()}
@@ -173,12 +160,7 @@ def main() -> None:
         report.bar("tokens_to_dynamic_sampling", "<=", 0.9)
         report.bar("bayes_less_knapsack_first_epoch_high", ">=", 0)
         report.bar("bayes_less_knapsack_after_high", ">=", 0)
-    if arguments.plots:
-        arguments.plots.mkdir(parents=True, exist_ok=True)
-        draw(arguments.plots / "knapsack_effect.png", played)
-    if quick:
-        shutil.rmtree(root)
-    report.finish(quick)
+    comparison.finish(lambda path: draw(path, played))
 
 
 if __name__ == "__main__":

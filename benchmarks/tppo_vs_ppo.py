@@ -9,16 +9,12 @@ benchmark that was stopped goes on from there.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import STORE, code
-from benchmarks.report import Report
-from benchmarks.training_runs import Run, train, warm_start
+from benchmarks.training_runs import Comparison, Run
 
 SEEDS = 5
 LONGEST = 512  # own tokens of an episode
@@ -116,23 +112,13 @@ def draw(path: Path, arms: dict[str, list[Arm]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: no bars")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
-    arguments, overrides = parser.parse_known_args()
-    quick, seeds = arguments.quick, 1 if arguments.quick else arguments.seeds
-    report = Report("tppo_vs_ppo")
-    root = STORE / "tppo_vs_ppo" / (code() + ("-quick" if quick else ""))
-    report.console.print("warm start …", style="dim")
-    start = warm_start(root / "warm", "long_chain", [*(["warm_start.steps=20"] if quick else []), *overrides])
+    comparison = Comparison("tppo_vs_ppo", __doc__.splitlines()[0], experiment="long_chain", seeds=SEEDS, quick=QUICK)
+    report, quick, seeds = comparison.report, comparison.quick, comparison.seeds
     played: dict[str, list[Arm]] = {}
     plan = [(name, seed) for seed in range(seeds) for name in (PAIR if seed % 2 == 0 else reversed(PAIR))]
     plan += [] if quick else [(name, 0) for name in OTHERS]
-    for number, (name, seed) in enumerate(plan, 1):
-        report.console.print(f"{number} of {len(plan)}: {name}, seed {seed} …", style="dim")
-        settings = [*start, *(PAIR | OTHERS)[name], f"seed={seed}", *(QUICK if quick else []), *overrides]
-        folder = train(root / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", "long_chain", settings)
+    for name, seed in plan:
+        folder = comparison.run(f"{name}, seed {seed}", [*(PAIR | OTHERS)[name], f"seed={seed}"])
         played.setdefault(name, []).append(Arm(folder))
     rows = []
     for name, arms in played.items():
@@ -161,12 +147,7 @@ def main() -> None:
         report.bar("tokens_per_second_ratio", ">=", 2.0)
         report.bar("time_to_target_ratio", ">=", 1.8)
         report.bar("accuracy_difference_low", ">", -0.02)
-    if arguments.plots:
-        arguments.plots.mkdir(parents=True, exist_ok=True)
-        draw(arguments.plots / "tppo_vs_ppo.png", played)
-    if quick:
-        shutil.rmtree(root)
-    report.finish(quick)
+    comparison.finish(lambda path: draw(path, played))
 
 
 if __name__ == "__main__":

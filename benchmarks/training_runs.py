@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from benchmarks.arms import STORE, code
+from benchmarks.report import Report
 from rollout.plots import read_jsonl
 
 
@@ -23,11 +28,44 @@ def train(folder: Path, experiment: str, overrides: list[str], *, timeout_s: flo
     return folder
 
 
-def warm_start(folder: Path, experiment: str, overrides: list[str]) -> list[str]:
-    """Make the experiment's warm start once; gives the overrides with which a run begins from it."""
-    off = [f"evaluation.{name}=false" for name in ("before", "after")]
-    train(folder, experiment, [*off, "steps=1", "batch.prompts=4", *overrides])
-    return ["model=hf", f"model.path={folder / 'checkpoints' / 'warm_start'}", "warm_start=none"]
+class Comparison:
+    """A benchmark that compares training runs of one experiment from one warm start: flags, report and runs.
+
+    Runs are stored under the code that made them: one that was stopped goes on from there.
+    """
+
+    def __init__(self, name: str, what: str, *, experiment: str, seeds: int, quick: list[str]) -> None:
+        parser = argparse.ArgumentParser(description=what)
+        parser.add_argument("--quick", action="store_true", help="a smoke run of one seed: no bars")
+        parser.add_argument("--seeds", type=int, default=seeds)
+        parser.add_argument("--plots", type=Path, metavar="DIR", help="write the picture there")
+        given, self.overrides = parser.parse_known_args()
+        self.quick, self.seeds, self.plots = given.quick, 1 if given.quick else given.seeds, given.plots
+        self.overrides = [*(quick if self.quick else []), *self.overrides]
+        self.experiment, self.report = experiment, Report(name)
+        self.root = STORE / name / (code() + ("-quick" if self.quick else ""))
+        self._start: list[str] = []
+
+    def run(self, label: str, settings: list[str]) -> Path:
+        """The folder of a run, with the flags' overrides, from the warm start."""
+        if not self._start:
+            self.report.console.print("warm start …", style="dim")
+            short = ["warm_start.steps=20"] if self.quick else []
+            off = [f"evaluation.{name}=false" for name in ("before", "after")]
+            warm = train(self.root / "warm", self.experiment, [*off, *short, "steps=1", "batch.prompts=4"])
+            self._start = ["model=hf", f"model.path={warm / 'checkpoints' / 'warm_start'}", "warm_start=none"]
+        self.report.console.print(f"{label} …", style="dim")
+        name = label.replace(", ", "-").replace(" ", "_")
+        return train(self.root / name, self.experiment, [*self._start, *settings, *self.overrides])
+
+    def finish(self, draw: Callable[[Path], None]) -> NoReturn:
+        """The picture where it was asked for, and the last line."""
+        if self.plots:
+            self.plots.mkdir(parents=True, exist_ok=True)
+            draw(self.plots / f"{self.report.name}.png")
+        if self.quick:
+            shutil.rmtree(self.root)
+        self.report.finish(self.quick)
 
 
 class Run:
