@@ -79,15 +79,14 @@ class Roofline:
 class Linear:
     """Seconds = a + b · prefill tokens + c · Σ prefill context + d · running requests, fitted to real steps.
 
-    For a small engine whose steps were timed; the defaults are those of the 31.5M-parameter model of
-    ``benchmarks.kv_ttl`` on one thread of a Xeon, which prints its own at each run.
+    For a small engine whose steps were timed; the defaults are of the size that a 30M-parameter model on CPU has.
     A step of several rounds pays a and d in each of them.
     """
 
-    a: float = 17.4e-3
-    b: float = 0.487e-3
-    c: float = 0.15e-6
-    d: float = 4.6e-3
+    a: float = 10e-3
+    b: float = 0.6e-3
+    c: float = 0.0
+    d: float = 1e-3
     load: float = 0.0  # seconds for a token from the offload tier
 
     def __post_init__(self) -> None:

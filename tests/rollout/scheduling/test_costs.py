@@ -95,7 +95,7 @@ def test_impossible_hardware_is_refused_by_name(name, value):
         ("h100_8b", h100_8b()),
         ("h100_8b_cheap_prefill", h100_8b(prefill_scale=0.25)),
         ("h100x4_70b", h100x4_70b()),
-        ("cpu", Linear()),
+        ("cpu", Linear(a=0.0174, b=4.87e-4, c=1.5e-7, d=4.56e-3)),
     ],
 )
 def test_the_configuration_holds_the_same_numbers(name, expected):
