@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +166,7 @@ class Uniform:
         pass
 
 
-class Adaptive:
+class Adaptive(ABC):
     """What budgets that go by success rates share: ``samples`` a prompt in the mean, ``low`` to ``high`` for each.
 
     ``history``: a checkpoint of another run, or its file, to begin with.
@@ -180,9 +181,9 @@ class Adaptive:
         counts: list[int] = self.shares([row.id for row in rows]).tolist()
         return counts
 
+    @abstractmethod
     def shares(self, prompt_ids: Sequence[str]) -> torch.Tensor:
         """The rollouts of prompts by what the history says of them."""
-        raise NotImplementedError
 
     def observe(self, episodes: Sequence[Episode]) -> None:
         self.history.add(episodes)

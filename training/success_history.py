@@ -50,12 +50,16 @@ class SuccessHistory:
 
     def counts(self, prompt_ids: Sequence[str], half_life: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Successes and failures of each prompt, (n,) each; ``half_life`` rounds ago they count half."""
-        found = np.zeros((2, len(prompt_ids)))
-        for i, prompt_id in enumerate(prompt_ids):
+        found = []
+        for prompt_id in prompt_ids:
+            successes = failures = 0.0
             for visit in self.visits.get(prompt_id, ()):
                 weight = 1.0 if half_life is None else 0.5 ** ((self.now - visit.round) / half_life)
-                found[:, i] += weight * visit.successes, weight * (visit.rollouts - visit.successes)
-        return found[0], found[1]
+                successes += weight * visit.successes
+                failures += weight * (visit.rollouts - visit.successes)
+            found.append((successes, failures))
+        both = np.array(found).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
 
     def last_rates(self, prompt_ids: Sequence[str], least: int) -> np.ndarray:
         """Success rates over the last visits that have ``least`` rollouts together, (n,); nan where there are fewer."""
