@@ -14,8 +14,9 @@ import torch
 from rollout.errors import UserError
 from training.head import respects_boundaries
 from training.losses import value_loss
-from training.members import OptimizerConfig, ValueModelConfig
+from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack
+from training.settings import OptimizerConfig
 from training.values import HeadlessProbe, check_tokenizer, load_value_model, whole_weights
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rollout.weights import named_weights
-from training.members import LoraConfig
+from training.settings import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,9 +16,10 @@ from rollout.buffer import Group
 from rollout.episode import Episode
 from training.advantages import Estimate
 from training.aggregation import token_weights
-from training.members import BatchConfig, ValueModelConfig
+from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack, unpack
 from training.rollouts import Rollouts, Round
+from training.settings import BatchConfig
 
 
 class Member(NamedTuple):

@@ -14,8 +14,8 @@ from rollout.chat import Chat
 from rollout.errors import UserError
 from rollout.tasks import Demonstration
 from training.head import attach_head, token_logprobs
-from training.members import SftConfig
 from training.packing import MicroBatch, TrainSequence, pack
+from training.settings import SftConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from rollout.errors import UserError
 from training.critic import Critic, adamw, deepspeed_settings, make_critic
-from training.members import OptimizerConfig, ValueModelConfig
+from training.members import ValueModelConfig
 from training.models import build_tiny, load_tokenizer
 from training.packing import TrainSequence, pack, unpack
+from training.settings import OptimizerConfig
 from training.values import HeadlessProbe, load_value_model
 
 LENGTHS = [5, 9, 17, 2, 11, 7]

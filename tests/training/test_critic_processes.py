@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from tests.training.launch import context
 from training.critic import Critic, make_critic
-from training.members import OptimizerConfig, ValueModelConfig
+from training.members import ValueModelConfig
 from training.models import build_tiny, load_policy
 from training.packing import MicroBatch, TrainSequence, pack
+from training.settings import OptimizerConfig
 from training.values import load_value_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -11,8 +11,8 @@ import torch
 
 from training.checkpoint import save_policy
 from training.lora import add_adapter, base_model, merged_weights
-from training.members import LoraConfig
 from training.models import build_tiny, load_policy
+from training.settings import LoraConfig
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -35,12 +35,13 @@ from tests.rollout import taught
 from tests.rollout.clockwork import Rig, calls, rig, words
 from training.advantages import Egae, Group
 from training.budgets import Uniform
-from training.members import BatchConfig, ValueModelConfig
+from training.members import ValueModelConfig
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
 from training.rollouts import Axes, Round, Source, TruncatedRollouts
 from training.selection import All, DynamicSampling
+from training.settings import BatchConfig
 from training.stream import RolloutStream
 
 if TYPE_CHECKING:

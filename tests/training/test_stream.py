@@ -25,12 +25,12 @@ from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool
 from training.advantages import Group, Rloo
 from training.budgets import BayesKnapsack, Knapsack, Uniform
-from training.members import BatchConfig
 from training.packing import unpack
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
 from training.rollouts import Axes, CompleteRollouts, Source
 from training.selection import All, DropOverlong, DynamicSampling
+from training.settings import BatchConfig
 from training.stream import RolloutStream, StepBatch
 from training.success_history import Visit
 

@@ -13,8 +13,8 @@ from rollout.errors import UserError
 from rollout.tasks import Demonstration
 from rollout.tools.calculator import calculator
 from training.head import attach_head
-from training.members import SftConfig
 from training.models import build_tiny, load_policy
+from training.settings import SftConfig
 from training.warm_start import collate, tokenised, warm_start, weighted_loss
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [tool_call("calculator", {"expression": "1+2"})]}
