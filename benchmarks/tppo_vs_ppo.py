@@ -18,15 +18,16 @@ from benchmarks.training_runs import Comparison, Run
 
 SEEDS = 5
 LONGEST = 512  # own tokens of an episode
-WINDOW = LONGEST // 4
+WINDOW = LONGEST // 2
 MEAN = 95  # own tokens of an episode
-BATCH = 32  # episodes at a time: few enough that the rollouts take longer than the training, as they do at scale
+BATCH = 16  # episodes at a time: few enough that the rollouts take longer than the training, as they do at scale
 TARGET = 0.8
 SMOOTHED = 512  # finished episodes
-PPO_STEPS = 64
+PPO_STEPS = 112
 COMMON = [
     "budget.samples=1",
     f"batch.prompts={BATCH}",
+    "optimizer.learning_rate=1.5e-4",
     "critic.optimizer.learning_rate=1e-3",
     "evaluation.before=false",
     "evaluation.greedy=false",
@@ -39,8 +40,11 @@ QUICK = ["batch.prompts=8", "steps=3", "evaluation.questions=8", "critic.warmup_
 
 
 def windowed(length: int) -> list[str]:
-    """About as many own tokens in all as PPO's steps write."""
-    return ["algorithm=tppo", *COMMON, f"window.length={length}", f"steps={math.ceil(PPO_STEPS * MEAN / length)}"]
+    """About as many own tokens in all as PPO's steps write, and as many in each optimizer step."""
+    parts = max(1, round(length / MEAN))
+    steps = parts * math.ceil(PPO_STEPS * MEAN / length)
+    each = [f"{group}.minibatches={parts}" for group in ("batch", "critic")]
+    return ["algorithm=tppo", *COMMON, f"window.length={length}", *each, f"steps={steps}"]
 
 
 PAIR = {"ppo": PPO, "tppo": windowed(WINDOW)}
@@ -59,7 +63,7 @@ class Arm(Run):
     @property
     def tokens_per_second(self) -> float:
         """Of the rollouts alone, the first round left out: the engine compiles and warms up in it."""
-        rows = [row for row in self.rows[1:] if "time/generate" in row]
+        rows = [row for row in self.rows if "time/generate" in row][1:]
         return sum(row["rollout/tokens"] for row in rows) / sum(row["time/generate"] for row in rows)
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +110,7 @@ def draw(path: Path, arms: dict[str, list[Arm]]) -> None:
     axes.axhline(TARGET, color="grey", lw=0.8)
     axes.set_xlabel("seconds of training, critic warm-up included")
     axes.set_ylabel(f"mean reward of the last {SMOOTHED:,} episodes")
-    axes.set_title("long_chain, answers of up to 512 tokens (median 64), 32 at a time, on CPU")
+    axes.set_title("long_chain, answers of up to 512 tokens (median 64), 16 at a time, on CPU")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
