@@ -58,7 +58,7 @@ async def run_episode(
     called when the episode begins (True) to wait for a tool that takes time, and when it has answered (False).
     """
     if episode is None:
-        episode = Episode.begin(row.id, group_id or row.id, sample, row.difficulty)
+        episode = Episode.begin(row, group_id or row.id, sample)
     try:
         async with asyncio.timeout(limits.episode_timeout_s) as deadline:
             timed(deadline)

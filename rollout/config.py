@@ -134,9 +134,11 @@ class ArithmeticConfig:
     operators: str = "+-*"
     mix: dict[str, float] = field(default_factory=lambda: {"1": 0.2, "2": 0.4, "3": 0.4})  # share of each difficulty
     use_tool: bool = True
+    told: float = 0.0  # share of demonstrations whose system prompt asks to think, or not to
 
     def __post_init__(self) -> None:
         require(self.size > 0, "task.size", f"{self.size} must be at least 1")
+        require(0 <= self.told <= 1, "task.told", f"{self.told} must be a share, from 0 to 1")
         require(
             set(self.operators) <= set("+-*") and self.operators != "",
             "task.operators",
@@ -203,6 +205,7 @@ class DatasetConfig:
     prompt_column: str = "prompt"  # text, or a list of messages
     answer_column: str = "answer"
     difficulty_column: str | None = None
+    thought_column: str | None = None  # true where a question needs thought, or a list of it turn by turn
     tools: list[str] = field(default_factory=list)  # dotted names of Tool objects
     verifier: str = "math"  # math (math-verify) · exact · a dotted name of (answer, gold) -> bool
     size: int | None = None

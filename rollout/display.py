@@ -14,6 +14,7 @@ from rich.table import Table
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 LINE_EVERY_S = 10.0  # without a terminal
+NOTHING = "–"
 
 
 class Stage:
@@ -63,32 +64,35 @@ def stage(title: str, total: int, unit: str) -> Iterator[Stage]:
 def evaluation_table(
     evaluations: list[tuple[str, dict[str, Any]]], title: str = "accuracy on unseen questions"
 ) -> Table:
-    """One row for each named evaluation; ``facts`` are questions that the task trains exhaustively."""
+    """One row for each named evaluation, sampled unless it says greedy; a column that nobody has anything for is left
+    out. ``facts`` are questions that the task trains exhaustively; ``trigger`` is how thinking met the need for it.
+    """
+    rows = [_evaluation_row(evaluation) for _, evaluation in evaluations]
+    columns = [column for column in rows[0] if any(row[column] != NOTHING for row in rows)]
     table = Table(title=title)
-    for column in (
-        "",
-        "sampled",
-        "95% interval",
-        "greedy",
-        "tool calls",
-        "right / call",
-        "tokens",
-        "thinking",
-        "facts",
-    ):
+    for column in ("", *columns):
         table.add_column(column, justify="left" if not column else "right")
-    for name, evaluation in evaluations:
-        sampled, greedy = evaluation["sampled"], evaluation.get("greedy")
-        productivity = sampled["tool_productivity"]
-        table.add_row(
-            name,
-            f"{sampled['accuracy']:.3f}",
-            f"{sampled['accuracy_low']:.3f} – {sampled['accuracy_high']:.3f}",
-            f"{greedy['accuracy']:.3f}" if greedy else "–",
-            f"{sampled['tool_calls']:.2f}",
-            f"{productivity:.2f}" if productivity is not None else "–",
-            f"{sampled['tokens']:.1f}",
-            f"{sampled['thinking']:.2f}",
-            f"{sampled['facts']['accuracy']:.3f}" if "facts" in sampled else "–",
-        )
+    for (name, _), row in zip(evaluations, rows, strict=True):
+        table.add_row(name, *(row[column] for column in columns))
     return table
+
+
+def _evaluation_row(evaluation: dict[str, Any]) -> dict[str, str]:
+    sampled = evaluation["sampled"]
+    trigger = sampled["trigger"] or {}
+    return {
+        "sampled": f"{sampled['accuracy']:.3f}",
+        "95% interval": f"{sampled['accuracy_low']:.3f} – {sampled['accuracy_high']:.3f}",
+        "greedy": _number(evaluation.get("greedy", {}).get("accuracy"), 3),
+        "tool calls": f"{sampled['tool_calls']:.2f}",
+        "right / call": _number(sampled["tool_productivity"], 2),
+        "tokens": f"{sampled['tokens']:.1f}",
+        "E³ · 1000": _number(sampled["e3"] and 1000 * sampled["e3"], 2),
+        "thinking": f"{sampled['thinking']:.2f}",
+        **{f"trigger {name}": _number(trigger.get(name), 2) for name in ("accuracy", "precision", "recall", "f1")},
+        "facts": _number(sampled.get("facts", {}).get("accuracy"), 3),
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rollout.environment import Row
+
+Need = bool | list[bool | None] | None
 
 
 class Status(StrEnum):
@@ -134,6 +139,9 @@ class Episode:
     """One attempt at one prompt. ``success`` is the verifier's word, kept apart from the shaped ``rewards``.
 
     ``open_turn`` is where in the last sequence a turn begins that a window has cut; None between turns.
+    ``needs_thought`` is what the row says of the need to think, for the episode or turn by turn; None where unknown.
+    ``reasoning`` is the mode that its template forces, None where the engine's policy has the say; ``told`` the one
+    that its system prompt asks for.
     """
 
     prompt_id: str
@@ -147,11 +155,16 @@ class Episode:
     status: Status = Status.FINISHED
     extras: dict[str, Any] = field(default_factory=dict)
     open_turn: int | None = None
+    needs_thought: Need = None
+    reasoning: str | None = None
+    told: str | None = None
 
     @classmethod
-    def begin(cls, prompt_id: str, group_id: str, sample: int = 0, difficulty: str = "") -> Episode:
+    def begin(cls, row: Row, group_id: str, sample: int = 0, reasoning: str | None = None) -> Episode:
         """An episode of which nothing has been played yet."""
-        return cls(prompt_id, group_id, sample, difficulty, status=Status.UNFINISHED)
+        episode = cls(row.id, group_id, sample, row.difficulty, status=Status.UNFINISHED, reasoning=reasoning)
+        episode.needs_thought, episode.told = row.extras.get("needs_thought"), row.extras.get("told")
+        return episode
 
     def snapshot(self) -> Episode:
         """A copy that stays as it is while the episode goes on."""
@@ -188,6 +201,26 @@ class Episode:
     @property
     def tool_results(self) -> list[ToolResult]:
         return [result for turn in self.turns for result in turn.results]
+
+    @property
+    def thought(self) -> bool:
+        """Whether any turn thought."""
+        return any(turn.thought for turn in self.turns)
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether every turn kept the format: no tag nested, repeated, left open, or written in another's place."""
+        return all(turn.well_formed for turn in self.turns)
+
+    def decisions(self, need: Need, longest_answer: int | None = None) -> list[tuple[bool, bool | None]]:
+        """Whether it thought, and whether there was need: once for a single ``need``, turn by turn for a list.
+
+        A turn whose content is longer than ``longest_answer`` characters counts as one that thought.
+        """
+        thoughts = [
+            turn.thought or (longest_answer is not None and len(turn.content) > longest_answer) for turn in self.turns
+        ]
+        return list(zip(thoughts, need, strict=False)) if isinstance(need, list) else [(any(thoughts), need)]
 
     @property
     def answer(self) -> str:

@@ -137,8 +137,12 @@ def show(records: list[dict[str, Any]], directory: Path) -> None:
         greedy = record.get("greedy", {}).get("by_difficulty", {})
         each = {d: {"sampled": f} | ({"greedy": greedy[d]} if d in greedy else {}) for d, f in parts.items()}
         console.print(evaluation_table([(f"difficulty {d}", figures) for d, figures in each.items()], "by difficulty"))
-    plots.plot_evaluations([(record["name"], record) for record in records], directory / "evaluation.png")
-    console.print(f"written: {directory / 'evaluation.json'}  {directory / 'evaluation.png'}", highlight=False)
+    named = [(record["name"], record) for record in records]
+    plots.plot_evaluations(named, directory / "evaluation.png")
+    if len(records) > 1:
+        plots.plot_pareto(named, directory / "pareto.png")
+    pictures = "  ".join(map(str, sorted(directory.glob("*.png"))))
+    console.print(f"written: {directory / 'evaluation.json'}  {pictures}", highlight=False)
 
 
 class Combine(Callback):

@@ -40,29 +40,58 @@ def bootstrap(
     return float(low), float(high)
 
 
+MEASURES: dict[str, Callable[[Episode], float]] = {
+    "accuracy": lambda episode: float(episode.success),
+    "tokens": lambda episode: float(episode.own_tokens),
+    "tool_calls": lambda episode: float(len(episode.tool_results)),
+    "thinking": lambda episode: float(episode.thought),
+}
+
+
+def trigger(episodes: Sequence[Episode]) -> Figures | None:
+    """How well thinking met the need for it, over decisions with a label (arXiv 2505.11896 Table 1); None without any.
+
+    Positive is a need for thought. ``f1`` hides a collapse to always thinking: ``accuracy`` and ``precision`` show it.
+    Each is null where its denominator is 0.
+    """
+    decisions = [d for e in episodes for d in e.decisions(e.needs_thought) if d[1] is not None]
+    if not decisions:
+        return None
+    hits = sum(thought and need for thought, need in decisions)
+    thoughts, needs = sum(thought for thought, _ in decisions), sum(bool(need) for _, need in decisions)
+    right = sum(thought == need for thought, need in decisions)
+    return {
+        "decisions": len(decisions),
+        "accuracy": right / len(decisions),
+        "precision": hits / thoughts if thoughts else None,
+        "recall": hits / needs if needs else None,
+        "f1": 2 * hits / (thoughts + needs) if thoughts + needs else None,
+    }
+
+
 def figures(episodes: Sequence[Episode], samples: int = 1) -> Figures:
     """What a set of episodes shows. Questions with several samples count by their mean.
 
-    ``tool_productivity`` is right answers per tool call (arXiv 2504.14870 §4.1), null where nothing was called.
+    Accuracy, own ``tokens``, ``tool_calls`` and ``thinking`` (the share that thinks, AdaCoT's trigger rate) have 95%
+    intervals, ``_low`` and ``_high``. ``tool_productivity`` is right answers per tool call (arXiv 2504.14870 §4.1),
+    null where nothing was called; ``e3`` is accuracy² per token (arXiv 2505.16122). ``trigger``: see ``trigger``.
     """
     by_question: dict[str, list[Episode]] = defaultdict(list)
     for episode in episodes:
         by_question[episode.prompt_id].append(episode)
-    means = [sum(e.success for e in group) / len(group) for group in by_question.values()]
-    low, high = bootstrap(means)
     calls = sum(len(e.tool_results) for e in episodes)
     n = len(episodes)
-    result: Figures = {
-        "accuracy": sum(means) / len(means),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "questions": len(by_question),
-        "tokens": sum(e.own_tokens for e in episodes) / n,
-        "tool_calls": calls / n,
+    result: Figures = {"questions": len(by_question)}
+    for name, value in MEASURES.items():
+        means = [sum(map(value, group)) / len(group) for group in by_question.values()]
+        result[name] = sum(means) / len(means)
+        result[f"{name}_low"], result[f"{name}_high"] = bootstrap(means)
+    result |= {
         "tool_productivity": sum(e.success for e in episodes) / calls if calls else None,
+        "e3": result["accuracy"] ** 2 / result["tokens"] if result["tokens"] else None,
+        "trigger": trigger(episodes),
         "tool_errors": sum(r.error for e in episodes for r in e.tool_results) / n,
-        "thinking": sum(any(turn.thought for turn in e.turns) for e in episodes) / n,
-        "ill_formed": sum(any(not turn.well_formed for turn in e.turns) for e in episodes) / n,
+        "ill_formed": sum(not e.well_formed for e in episodes) / n,
         "truncated": sum(e.status == "truncated" for e in episodes) / n,
     }
     for k in (2**i for i in range(1, int(math.log2(samples)) + 1)) if samples > 1 else ():

@@ -118,3 +118,44 @@ def plot_evaluations(results: Sequence[tuple[str, dict[str, Any]]], path: Path) 
     right.set_ylim(bottom=0)
     _legend_above(right)
     figure.savefig(path, dpi=140)
+
+
+ENDS = ((-1, "low"), (1, "high"))  # of an interval, and which way each lies
+COSTS = {"tokens": "own tokens an episode", "tool_calls": "tool calls an episode", "thinking": "share that thinks"}
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the (cost, accuracy) pairs that no other beats: as cheap and more accurate, or cheaper and as accurate.
+
+    In order of cost. Of equal pairs the first stands for all.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def plot_pareto(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Sampled accuracy against tokens, tool calls and thinking, with 95% intervals and the Pareto front.
+
+    A cost that is the same for all has no panel; nothing is drawn where none differs.
+    """
+    found = [result["sampled"] for _, result in results]
+    costs = [cost for cost in COSTS if len({figures[cost] for figures in found}) > 1]
+    if not costs:
+        return
+    figure, axes = _axes(len(costs))
+    for axis, cost in zip(axes, costs, strict=True):
+        for number, (name, _) in enumerate(results):
+            middle, spread = _intervals([found[number]])
+            beside = [[max(0.0, sign * (found[number][f"{cost}_{end}"] - found[number][cost]))] for sign, end in ENDS]
+            style = {"fmt": "o", "capsize": 2, "color": f"C{number % 10}"}
+            axis.errorbar([found[number][cost]], middle, spread, beside, label=name, **style)
+        points = [(figures[cost], figures["accuracy"]) for figures in found]
+        front = [points[i] for i in pareto_front(points)]
+        axis.plot(*zip(*front, strict=True), color=GREY, linewidth=1, zorder=0)
+        axis.set(xlabel=COSTS[cost], ylabel="accuracy on unseen questions")
+        axis.set_xlim(left=0)
+    axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=140)

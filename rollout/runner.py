@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to play. ``group_id`` names the visit to the prompt, ``sample`` the member of the group."""
+    """One episode to play. ``group_id`` names the visit to the prompt, ``sample`` the member of the group.
+
+    ``reasoning`` is a mode for the template to force; None leaves it to the policy's settings.
+    """
 
     row: Row
     group_id: str
     sample: int
+    reasoning: str | None = None
 
 
 class Runner:
@@ -133,7 +137,7 @@ class Runner:
         try:
             for attempt in range(self.limits.retries + 1):
                 if episode is None or attempt:
-                    episode = Episode.begin(job.row.id, job.group_id, job.sample, job.row.difficulty)
+                    episode = Episode.begin(job.row, job.group_id, job.sample, job.reasoning)
                 timed = functools.partial(opened, episode)
                 try:
                     environment = self.environment()

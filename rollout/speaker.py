@@ -25,8 +25,8 @@ class Policy:
 
     ``seed`` makes sampling a function of run, prompt, sample, turn and policy version, whatever the batch; None leaves
     it to the engine. ``seed_version=False`` leaves the version out, so that two checkpoints meet the same randomness.
-    ``reasoning`` is the template's mode: auto, always or never. ``window`` deals out the tokens that an episode may
-    write before the next weight update; None: as many as it likes.
+    ``reasoning`` is the template's mode where an episode has none of its own: auto, always or never. ``window`` deals
+    out the tokens that an episode may write before the next weight update; None: as many as it likes.
     """
 
     engine: Engine
@@ -59,7 +59,7 @@ class EngineSpeaker:
     async def open(self, episode: Episode, messages: list[Message], tools: list[Tool]) -> None:
         self.messages, self.tools = list(messages), tools
         if not episode.sequences:
-            ids = self.policy.chat.open(messages, tools, self.policy.reasoning)
+            ids = self.policy.chat.open(messages, tools, self._mode(episode))
             episode.sequences.append(Sequence.open(ids))
         for turn in (turn for turn in episode.turns if turn.results):  # taken up again
             self._remember(turn)
@@ -81,8 +81,11 @@ class EngineSpeaker:
         written = sequence.token_ids[start:]
         episode.open_turn = None
         # What it has read may fill the context: then nothing more can be written.
-        turn = self.policy.chat.parse(written, self.policy.reasoning) if written else Turn("", "", well_formed=False)
+        turn = self.policy.chat.parse(written, self._mode(episode)) if written else Turn("", "", well_formed=False)
         return turn, len(written), not stopped
+
+    def _mode(self, episode: Episode) -> str:
+        return episode.reasoning or self.policy.reasoning
 
     async def _write(self, episode: Episode, room: int) -> bool:
         """Append up to ``room`` tokens, or as many as the window grants; True if the policy ended its turn."""
@@ -111,10 +114,10 @@ class EngineSpeaker:
         self._remember(episode.turns[-1])
         if self.policy.chat.keeps_thinking:
             contents = [result.content for result in results]
-            episode.sequences[-1].append_injected(self.policy.chat.tool_results(contents, self.policy.reasoning))
+            episode.sequences[-1].append_injected(self.policy.chat.tool_results(contents, self._mode(episode)))
             return
         # A template that strips earlier thinking rewrites history: what follows is another sequence.
-        ids = self.policy.chat.open(self.messages, self.tools, self.policy.reasoning)
+        ids = self.policy.chat.open(self.messages, self.tools, self._mode(episode))
         episode.sequences.append(Sequence.open(ids))
 
     def _remember(self, turn: Turn) -> None:

@@ -205,7 +205,7 @@ class Window:
             if slot.live is None and slot.left > 0:
                 assert self.supply is not None
                 job = self.supply()
-                self._start(slot, Live(job, Episode.begin(job.row.id, job.group_id, job.sample, job.row.difficulty)))
+                self._start(slot, Live(job, Episode.begin(job.row, job.group_id, job.sample, job.reasoning)))
                 started = True
         if exact and started:
             return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hydra.utils import get_method, instantiate
 
-from rollout.chat import Chat
+from rollout.chat import THINK, Chat
 from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
 from rollout.errors import UserError
@@ -28,7 +28,7 @@ from training.config import TrainingConfig
 from training.critic import Critic, make_critic
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
-from training.members import AdaptiveConfig, EgaeConfig, TruncatedConfig
+from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
@@ -121,7 +121,7 @@ def make_rollouts(cfg: TrainingConfig, task: Task, axes: Axes, runner: Runner, p
     """The member of the ``window`` axis with all that it plays."""
     timeout_s = cfg.limits.episode_timeout_s * (cfg.limits.retries + 2)
     prompts = PromptOrder(task.rows("train"), cfg.seed)
-    source = Source(prompts, axes, runner, policy, cfg.batch.prompts, timeout_s)
+    source = Source(prompts, axes, runner, policy, cfg.batch.prompts, timeout_s, cfg.reasoning)
     if not isinstance(cfg.window, TruncatedConfig):
         spare = math.ceil(cfg.window.spare * cfg.batch.prompts)
         return CompleteRollouts(source, spare=spare, ahead=cfg.max_staleness > 0)
@@ -142,7 +142,8 @@ def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
             f"budget.low: {type(reward).__name__} teaches something on prompts that always succeed, and "
             f"{cfg.budget.low} rollouts of those cannot show it; give at least 4, or take budget=uniform"
         )
-    return Axes(instantiate(cfg.budget), reward, instantiate(cfg.advantage), instantiate(cfg.selection))
+    scales = {"scales": getattr(reward, "scales", {})} if isinstance(cfg.advantage, DecoupledConfig) else {}
+    return Axes(instantiate(cfg.budget), reward, instantiate(cfg.advantage, **scales), instantiate(cfg.selection))
 
 
 class EngineSync:
@@ -298,7 +299,17 @@ def make_stream(
         on_warm_up=on_warm_up,
         engine_steps=engine_steps(engine_sync),
         keep_zero=cfg.kl.coef != 0,
+        think_id=decision_after(rollouts.source),
     )
+
+
+def decision_after(source: Source) -> int | None:
+    """The token after which the decision to think gets no policy loss; None where it gets one."""
+    if not getattr(source.axes.reward, "mask_decision", False):
+        return None
+    if source.policy.chat.think_id is None:
+        raise UserError(f"reward.mask_decision: {THINK} is no single token of this tokenizer; take one where it is")
+    return source.policy.chat.think_id
 
 
 def engine_steps(engine_sync: EngineSync) -> Callable[[], int] | None:

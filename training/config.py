@@ -12,6 +12,7 @@ from rollout import config as rollout_config
 from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, require
 from rollout.scheduling.options import KEY, Options
 from training.members import (
+    AdaCotConfig,
     AdaptiveConfig,
     AllConfig,
     AnchorConfig,
@@ -19,6 +20,7 @@ from training.members import (
     CispoConfig,
     ClipConfig,
     CompleteConfig,
+    DecoupledConfig,
     DropOverlongConfig,
     DynamicSamplingConfig,
     EgaeConfig,
@@ -28,6 +30,8 @@ from training.members import (
     KlConfig,
     KnapsackConfig,
     NoCorrectionConfig,
+    OtcAdaCotConfig,
+    OtcConfig,
     RlooConfig,
     SequenceMaskConfig,
     TaskRewardConfig,
@@ -45,6 +49,7 @@ from training.settings import (
     NodeConfig,
     OptimizerConfig,
     ProbeConfig,
+    ReasoningConfig,
     SftConfig,
 )
 
@@ -67,6 +72,7 @@ class TrainingConfig:
     engine: Any = MISSING
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     budget: Any = MISSING
     advantage: Any = MISSING
@@ -111,7 +117,7 @@ class TrainingConfig:
             "corrects from the engine's log-probs to recomputed ones; add anchor=recomputed or take correction=none",
         )
         samples = getattr(self.budget, "samples", None)
-        relative = isinstance(self.advantage, GroupConfig | RlooConfig)
+        relative = isinstance(self.advantage, GroupConfig | DecoupledConfig | RlooConfig)
         require(not (relative and samples == 1), "budget.samples", "a group of one teaches nothing; give at least 2")
         length = self.engine.max_model_len if hasattr(self.engine, "max_model_len") else None
         require(
@@ -159,12 +165,19 @@ class TrainingConfig:
 
     def notes(self) -> list[str]:
         """What works, but perhaps not as meant."""
+        found = []
         if isinstance(self.budget, AdaptiveConfig) and isinstance(self.advantage, GaeConfig | EgaeConfig):
-            return [
+            found.append(
                 "budget: values groups by the chance that their rewards vary, which means nothing where a value model "
                 "judges each episode by itself; advantage=group is what it is made for"
-            ]
-        return []
+            )
+        priced = isinstance(self.reward, AdaCotConfig | OtcAdaCotConfig)
+        if priced and isinstance(self.advantage, GroupConfig) and self.advantage.normalize:
+            found.append(
+                "reward: where all of a group are right, the group's standard deviation cancels the size of alpha_miss "
+                "and alpha_over; advantage=decoupled or advantage.normalize=false keeps it"
+            )
+        return found
 
     def _check_staleness(self) -> None:
         if self.max_staleness == 0:
@@ -230,7 +243,13 @@ class TrainingConfig:
 
 GROUPS: dict[str, dict[str, type]] = {
     "budget": {"uniform": UniformConfig, "knapsack": KnapsackConfig, "bayes_knapsack": BayesKnapsackConfig},
-    "advantage": {"group": GroupConfig, "rloo": RlooConfig, "gae": GaeConfig, "egae": EgaeConfig},
+    "advantage": {
+        "group": GroupConfig,
+        "decoupled": DecoupledConfig,
+        "rloo": RlooConfig,
+        "gae": GaeConfig,
+        "egae": EgaeConfig,
+    },
     "loss": {"clip": ClipConfig, "cispo": CispoConfig, "gspo": GspoConfig},
     "correction": {
         "none": NoCorrectionConfig,
@@ -240,7 +259,12 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "window": {"complete": CompleteConfig, "truncated": TruncatedConfig},
     "selection": {"all": AllConfig, "dynamic_sampling": DynamicSamplingConfig, "drop_overlong": DropOverlongConfig},
-    "reward": {"task": TaskRewardConfig},
+    "reward": {
+        "task": TaskRewardConfig,
+        "otc": OtcConfig,
+        "adacot": AdaCotConfig,
+        "otc_adacot": OtcAdaCotConfig,
+    },
     "critic": {"value_model": ValueModelConfig},
     "lora": {"lora": LoraConfig},
     "warm_start": {"sft": SftConfig},

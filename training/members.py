@@ -126,6 +126,17 @@ class GroupConfig:
 
 
 @dataclass
+class DecoupledConfig:
+    """GDPO: each named part of the reward over its own standard deviation in the group, times its scale, then summed.
+
+    A penalty then keeps its size whatever else varies; ``group`` erases it where nothing else does.
+    """
+
+    _target_: str = "training.advantages.Decoupled"
+    clip: float | None = None
+
+
+@dataclass
 class RlooConfig:
     """Rewards relative to the mean of the other members."""
 
@@ -286,3 +297,60 @@ class DropOverlongConfig:
 @dataclass
 class TaskRewardConfig:
     _target_: str = "training.rewards.TaskReward"
+
+
+@dataclass
+class OtcConfig:
+    """OTC: a right answer is worth more, the fewer tool calls it took."""
+
+    _target_: str = "training.rewards.otc.Otc"
+    form: str = "grpo"  # or ppo: no optimum, every call costs
+    alpha: float = 1.0
+    max_calls: float = 4.0  # c: smaller is stricter; conf/reward/otc.yaml takes limits.max_tool_calls
+    optimum: str = "history"  # fewest calls that ever sufficed; group: in this group alone
+    least_successes: int = 1  # that a number of calls needs before it is the optimum: above 1 a lucky guess is none
+    format_weight: float = 0.0  # 1: the paper's r_correct + r_format, with which wrong answers earn too
+    prices: dict[str, float] = field(default_factory=dict)  # of a call, by tool: seconds, money; others 1
+
+    def __post_init__(self) -> None:
+        require(self.form in ("grpo", "ppo"), "reward.form", f"{self.form!r} is not grpo or ppo")
+        require(self.optimum in ("history", "group"), "reward.optimum", f"{self.optimum!r} is not history or group")
+        require(self.alpha > 0, "reward.alpha", f"{self.alpha} must be above 0")
+        require(self.least_successes >= 1, "reward.least_successes", f"{self.least_successes} must be at least 1")
+        for name in ("max_calls", "format_weight"):
+            require(getattr(self, name) >= 0, f"reward.{name}", f"{getattr(self, name)} must not be negative")
+        least = min(self.prices.values(), default=0.0)
+        require(least >= 0, "reward.prices", f"{dict(self.prices)} must not be negative")
+
+
+@dataclass
+class AdaCotConfig:
+    """AdaCoT: prices of a missed thought, a needless one, and ill form."""
+
+    _target_: str = "training.rewards.adacot.AdaCot"
+    alpha_miss: float = 0.2
+    alpha_over: float = 0.3
+    gamma_format: float = 1.0
+    labels: str = "task"  # or self: the policy's own success without thought
+    threshold: float = 0.5  # self: below it a prompt needs thought
+    least_seen: int = 4  # self: rollouts without thought before a prompt is judged
+    longest_answer: int | None = None  # characters; a longer answer counts as thought
+    mask_decision: bool = False  # no policy loss on the decision: for stages that would push it one way
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_miss", "alpha_over", "gamma_format"):
+            require(getattr(self, name) >= 0, f"reward.{name}", f"{getattr(self, name)} must not be negative")
+        require(self.labels in ("task", "self"), "reward.labels", f"{self.labels!r} is not task or self")
+        require(0 < self.threshold < 1, "reward.threshold", f"{self.threshold} must be between 0 and 1")
+        require(self.least_seen >= 1, "reward.least_seen", f"{self.least_seen} must be at least 1")
+        shortest = self.longest_answer is None or self.longest_answer > 0
+        require(shortest, "reward.longest_answer", f"{self.longest_answer} must be at least 1, or null")
+
+
+@dataclass
+class OtcAdaCotConfig:
+    """Both at once, each with its own settings."""
+
+    _target_: str = "training.rewards.otc_adacot.OtcAdaCot"
+    otc: OtcConfig = field(default_factory=OtcConfig)
+    adacot: AdaCotConfig = field(default_factory=AdaCotConfig)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rollout.buffer import Group, RolloutBuffer
 from rollout.episode import Episode
 from rollout.errors import UserError
+from rollout.reasoning import forced_modes, maybe_told
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
 from rollout.window import Window
@@ -20,6 +21,7 @@ from training.budgets import Budget
 from training.prompts import PromptOrder
 from training.rewards import Reward
 from training.selection import Selection
+from training.settings import ReasoningConfig
 
 
 @dataclass
@@ -67,16 +69,23 @@ class Source:
     policy: Policy
     size: int
     timeout_s: float
+    reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
 
     def jobs(self, prompts: int) -> list[tuple[str, list[Job]]]:
         """By visit, the jobs that the budget gives to the next prompts; one that gets none is passed over."""
-        asked = self.prompts.take(prompts)
-        counts = self.axes.budget([row for row, _ in asked])
-        return [
-            (visit, [Job(row, visit, sample) for sample in range(count)])
-            for (row, visit), count in zip(asked, counts, strict=True)
-            if count
+        shares = self.reasoning
+        asked = [
+            (maybe_told(row, visit, shares.told_always, shares.told_never), visit)
+            for row, visit in self.prompts.take(prompts)
         ]
+        counts = self.axes.budget([row for row, _ in asked])
+        jobs = []
+        for (row, visit), count in zip(asked, counts, strict=True):
+            forced = (0.0, 0.0) if row.extras.get("told") else (shares.forced_always, shares.forced_never)
+            modes = forced_modes(count, *forced)
+            if count:
+                jobs.append((visit, [Job(row, visit, sample, mode) for sample, mode in enumerate(modes)]))
+        return jobs
 
     def rewarded(self, group: Group) -> Group:
         """The group with its rewards; the budget sees it too."""

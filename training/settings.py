@@ -100,6 +100,26 @@ class SftConfig:
 
 
 @dataclass
+class ReasoningConfig:
+    """Rollouts whose thinking is not the policy's free choice. Shares; the rest decides for itself.
+
+    ``forced``: of each group, by the template. ``told``: of the visits to prompts, by a system prompt, which rewards of
+    thinking (``reward=adacot``) then take for the need.
+    """
+
+    forced_always: float = 0.0
+    forced_never: float = 0.0
+    told_always: float = 0.0
+    told_never: float = 0.0
+
+    def __post_init__(self) -> None:
+        for kind in ("forced", "told"):
+            shares = {f"{kind}_{mode}": getattr(self, f"{kind}_{mode}") for mode in ("always", "never")}
+            right = min(shares.values()) >= 0 and sum(shares.values()) <= 1
+            require(right, f"reasoning.{kind}_always", f"{shares} must be shares of at least 0, at most 1 together")
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 50  # steps; the last step is always kept
     keep_last: int = 2

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from rollout.buffer import Group
-from rollout.episode import Episode
+from rollout.episode import Episode, Sequence
 from training.advantages import Estimate
 from training.aggregation import token_weights
 from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack, unpack
+from training.rewards import Remembers
+from training.rewards.adacot import decision_mask
 from training.rollouts import Rollouts, Round
 from training.settings import BatchConfig
 
@@ -59,7 +61,8 @@ class RolloutStream:
     log-probs of micro-batches, and is None where the ratio is taken against the engine's. ``on_round`` sees the
     groups with their estimates, for logs; ``on_warm_up`` each round that trains the critic alone. ``engine_steps``
     counts those of the engine. Sequences with zero advantage everywhere have no gradient: they keep their share of the
-    denominators but are not computed, unless ``keep_zero``.
+    denominators but are not computed, unless ``keep_zero``. ``think_id``: the decision after this token gets no policy
+    loss (AdaCoT's Selective Loss Masking); None: every own token gets one.
     """
 
     def __init__(
@@ -77,13 +80,14 @@ class RolloutStream:
         on_warm_up: Callable[[int, dict[str, float]], None] = lambda round, metrics: None,
         engine_steps: Callable[[], int] | None = None,
         keep_zero: bool = False,
+        think_id: int | None = None,
     ) -> None:
         self.rollouts, self.batch = rollouts, batch
         self.axes = rollouts.source.axes
         self.seed, self.pad_id, self.max_new_tokens = seed, pad_id, max_new_tokens
         self.sync, self.anchor, self.critic = sync, anchor, critic
         self.on_round, self.on_warm_up, self.engine_steps = on_round, on_warm_up, engine_steps
-        self.keep_zero = keep_zero
+        self.keep_zero, self.think_id = keep_zero, think_id
         self.rounds = 0
         self.pending: deque[StepBatch] = deque()
 
@@ -97,10 +101,11 @@ class RolloutStream:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later stream needs to go on as this one would."""
-        history = self.axes.budget.history
+        history, reward = self.axes.budget.history, self.axes.reward
         return {
             "prompts": self.rollouts.source.prompts.state_dict(),
             "history": None if history is None else history.state_dict(),
+            "reward": reward.state_dict() if isinstance(reward, Remembers) else None,
             "rollouts": self.rollouts.state_dict(),
             "rounds": self.rounds,
             "pending": list(self.pending),
@@ -111,6 +116,8 @@ class RolloutStream:
         self.rollouts.load_state_dict(state["rollouts"])
         if (history := self.axes.budget.history) is not None and state["history"] is not None:
             history.load_state_dict(state["history"])
+        if isinstance(self.axes.reward, Remembers) and state["reward"] is not None:
+            self.axes.reward.load_state_dict(state["reward"])
         self.rounds, self.pending = state["rounds"], deque(state["pending"])
 
     def _round(self) -> None:
@@ -186,13 +193,13 @@ class RolloutStream:
 
     def _pack(self, members: list[Member]) -> list[MicroBatch]:
         """The policy's: own tokens that it has not been trained on."""
-        pairs = [
-            (sequence, values, np.arange(sequence.own_tokens) >= sequence.trained)
+        every = [
+            (sequence, values, self._trains(sequence))
             for member in members
             if self.axes.selection.trains(member.episode)
             for sequence, values in zip(member.episode.sequences, member.estimate.advantages, strict=True)
-            if sequence.own_tokens > sequence.trained
         ]
+        pairs = [pair for pair in every if pair[-1].any()]
         lengths = [int(mask.sum()) for *_, mask in pairs]
         weights = token_weights(lengths, self.batch.aggregation, max_tokens=self.max_new_tokens)
         return self._packed(
@@ -200,6 +207,14 @@ class RolloutStream:
             for index, ((sequence, values, mask), weight) in enumerate(zip(pairs, weights, strict=True))
             if self.keep_zero or np.any(values[mask])
         )
+
+    def _trains(self, sequence: Sequence) -> np.ndarray:
+        """Of its own tokens, those that get a policy loss."""
+        fresh = np.arange(sequence.own_tokens) >= sequence.trained
+        if self.think_id is None:
+            return fresh
+        kept = decision_mask(sequence.token_ids, self.think_id, own=sequence.own_mask).numpy()
+        return fresh & kept[np.array(sequence.own_mask, dtype=bool)]
 
     def _value_steps(self, groups: list[list[Member]], config: ValueModelConfig, epochs: int) -> list[list[MicroBatch]]:
         """The critic's optimizer steps: episodes that have ended, on their returns, the mean over their own tokens."""
@@ -264,7 +279,7 @@ def round_metrics(played: Round) -> dict[str, float]:
         "rollout/turns": len(turns) / n,
         "rollout/tool_calls": sum(len(e.tool_results) for e in episodes) / n,
         "rollout/tool_errors": sum(r.error for e in episodes for r in e.tool_results) / n,
-        "rollout/thinking": sum(any(turn.thought for turn in e.turns) for e in episodes) / n,
+        "rollout/thinking": sum(e.thought for e in episodes) / n,
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),
         "rollout/truncated": sum(e.status == "truncated" for e in episodes) / n,
         "effective_gradient_ratio": sum(len(group.episodes) for group in varied) / n,

@@ -14,6 +14,7 @@ from zlib import crc32
 
 from rollout.chat import tool_call
 from rollout.environment import Message, Row
+from rollout.reasoning import told
 from rollout.tasks import Demonstration, Split, ToolEnvironment, row_id
 from rollout.tools import Tool
 from rollout.tools.calculator import calculator
@@ -76,7 +77,10 @@ def steps(a: int, op: str, b: int) -> str:
 
 
 class Arithmetic:
-    """``mix`` gives each difficulty's share of the rows. One-digit texts run out, then the others fill the set."""
+    """``mix`` gives each difficulty's share of the rows. One-digit texts run out, then the others fill the set.
+
+    ``told`` is the share of demonstrations, of those without a tool, whose system prompt asks for what they show.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Arithmetic:
         operators: str = "+-*",
         mix: dict[str, float] | None = None,
         use_tool: bool = True,
+        told: float = 0.0,
     ) -> None:
         self.name = name
         self._sizes = {"train": size, "test": test_size}
@@ -96,6 +101,7 @@ class Arithmetic:
         mix = {"1": 0.2, "2": 0.4, "3": 0.4} if mix is None else mix
         self._mix = {difficulty: share for difficulty, share in sorted(mix.items()) if share > 0}
         self._tools = [calculator] if use_tool else []
+        self._told = told
         self._rows: dict[str, list[Row]] = {}
 
     def tools(self) -> list[Tool]:
@@ -148,6 +154,8 @@ class Arithmetic:
     def _row(self, difficulty: str, a: int, op: str, b: int, wording: int) -> Row:
         text = WORDINGS[wording].format(a=a, op=op, b=b, word=WORDS[op])
         extras = {"a": a, "op": op, "b": b, "memorised": difficulty == "1"}
+        if not self._tools:  # a calculator takes the place of thinking
+            extras["needs_thought"] = difficulty != "1"
         return Row(row_id(text), [{"role": "user", "content": text}], compute(a, op, b), difficulty, extras)
 
     def demonstrations(self, n: int, seed: int = 0) -> Iterator[Demonstration]:
@@ -169,6 +177,8 @@ class Arithmetic:
                 break
         a, op, b = question
         row = self._row(difficulty, a, op, b, wording)
+        if self._told and style != "tool" and rng.random() < self._told:
+            row = told(row, "always" if style == "think" else "never")
         answer: Message = {"role": "assistant", "content": str(row.answer)}
         messages = list(row.messages)
         if style == "think":

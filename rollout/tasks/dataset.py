@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rollout.environment import Row
+from rollout.episode import Need
 from rollout.errors import UserError
 from rollout.tasks import Split, ToolEnvironment, Verifier, row_id, verifiers
 from rollout.tools import Tool
@@ -33,6 +34,7 @@ class DatasetTask:
         prompt_column: str = "prompt",
         answer_column: str = "answer",
         difficulty_column: str | None = None,
+        thought_column: str | None = None,
         tools: list[str] | None = None,
         verifier: str = "math",
         size: int | None = None,
@@ -44,8 +46,8 @@ class DatasetTask:
         self._source = {"path": path, "name": config, "data_files": files}
         self._splits = {"train": train_split, "test": test_split}
         self._columns = {"prompt_column": prompt_column, "answer_column": answer_column}
-        if difficulty_column is not None:
-            self._columns["difficulty_column"] = difficulty_column
+        optional = {"difficulty_column": difficulty_column, "thought_column": thought_column}
+        self._columns |= {key: column for key, column in optional.items() if column is not None}
         self._sizes = {"train": size, "test": test_size}
         self._seed = seed
         self._tools = [find_tool(dotted) for dotted in tools or []]
@@ -100,8 +102,15 @@ class DatasetTask:
         if not (isinstance(messages, list) and messages and all({"role", "content"} <= set(m) for m in messages)):
             column = self._columns["prompt_column"]
             raise UserError(f"task.prompt_column: row {number}: {column!r} is neither text nor a list of messages")
-        difficulty = self._columns.get("difficulty_column")
-        return Row(row_id(messages), messages, answer, str(record[difficulty]) if difficulty else "")
+        difficulty, thought = (self._columns.get(key) for key in ("difficulty_column", "thought_column"))
+        extras = {} if thought is None else {"needs_thought": self._need(record[thought], number)}
+        return Row(row_id(messages), messages, answer, str(record[difficulty]) if difficulty else "", extras)
+
+    def _need(self, value: Any, number: int) -> Need:
+        for one in value if isinstance(value, list) else [value]:
+            if not (one is None or isinstance(one, bool)):
+                raise UserError(f"task.thought_column: row {number}: {one!r} is not true, false or null")
+        return value  # type: ignore[no-any-return]
 
 
 def find_tool(dotted: str) -> Tool:

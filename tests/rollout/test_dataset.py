@@ -37,6 +37,15 @@ def test_columns_become_rows(tmp_path: Path) -> None:
     assert [row.id for row in train] == [row.id for row in task_of(tmp_path, ROWS[:6], ROWS[6:], size=4).rows("train")]
 
 
+def test_labels_of_thinking_come_from_a_column(tmp_path: Path) -> None:
+    turns = [[True], [None], [True, False]]
+    rows = [row | {"hard": each} for row, each in zip(ROWS, turns, strict=False)]
+    task = task_of(tmp_path, rows, rows, thought_column="hard")
+    assert [row.extras["needs_thought"] for row in task.rows("test")] == turns
+    plain = task_of(tmp_path, [ROWS[0] | {"hard": True}], [ROWS[1] | {"hard": False}], thought_column="hard")
+    assert plain.rows("test")[0].extras == {"needs_thought": False}
+
+
 def test_prompts_may_be_messages_and_tools_are_found_by_name(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     rows = [{"chat": messages, "gold": 2}]
@@ -83,6 +92,7 @@ def test_verifiers(tmp_path: Path, verifier: str, answer: str, success: bool) ->
         ({"prompt_column": "problem"}, r"task\.prompt_column: no column 'problem'.*it has prompt, answer, level"),
         ({"answer_column": "gold"}, r"task\.answer_column: no column 'gold'"),
         ({"difficulty_column": "hard"}, r"task\.difficulty_column: no column 'hard'"),
+        ({"thought_column": "level"}, r"task\.thought_column: row 0: 0 is not true, false or null"),
         ({"prompt_column": "level"}, r"task\.prompt_column: row 0: 'level' is neither text nor"),
         ({"train_split": "learn"}, r"cannot load split 'learn' of json.*Unknown split"),
         ({"tools": ["calculator"]}, r"task\.tools: 'calculator' is not known"),

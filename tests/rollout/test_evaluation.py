@@ -95,6 +95,37 @@ def test_behaviour_is_counted_an_episode() -> None:
     assert result["thinking"] == 0.5 and result["ill_formed"] == result["truncated"] == 0.25
 
 
+def thinking(thought: bool, need: object) -> Episode:
+    return episode("a", True, turns=[Turn("hm" if thought else "", "4")], needs_thought=need)
+
+
+def test_trigger_shows_a_collapse_that_f1_hides() -> None:
+    always = [thinking(True, need) for need in (True, False) * 50]
+    assert figures(always)["trigger"] == {
+        "decisions": 100,
+        "accuracy": 0.5,
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": pytest.approx(2 / 3),
+    }
+    never = figures([thinking(False, need) for need in (True, False)])["trigger"]
+    assert never == {"decisions": 2, "accuracy": 0.5, "precision": None, "recall": 0.0, "f1": 0.0}
+    assert figures([thinking(True, None)])["trigger"] is None
+
+
+def test_trigger_counts_labels_turn_by_turn() -> None:
+    turns = [Turn("hm", ""), Turn("", ""), Turn("hm", "4")]
+    made = figures([episode("a", True, turns=turns, needs_thought=[True, True, None])])["trigger"]
+    assert made is not None and made["decisions"] == 2 and made["accuracy"] == 0.5 and made["precision"] == 1.0
+
+
+def test_e3_is_accuracy_squared_over_tokens_and_costs_have_intervals() -> None:
+    result = figures([episode("a", True, tokens=4, calls=1), episode("b", False, tokens=8)])
+    assert result["e3"] == pytest.approx(0.25 / 6)
+    for name, low, high in (("tokens", 4, 8), ("tool_calls", 0, 1), ("thinking", 0, 1)):
+        assert low <= result[f"{name}_low"] <= result[name] <= result[f"{name}_high"] <= high
+
+
 def test_productivity_is_null_where_nothing_was_called() -> None:
     assert figures([episode("a", True)])["tool_productivity"] is None
 

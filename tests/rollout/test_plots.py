@@ -8,10 +8,20 @@ from typing import Any
 
 import matplotlib
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rollout.episode import Episode
 from rollout.evaluation import report
-from rollout.plots import plot_behaviour, plot_evaluations, plot_reward, read_jsonl, smoothed
+from rollout.plots import (
+    pareto_front,
+    plot_behaviour,
+    plot_evaluations,
+    plot_pareto,
+    plot_reward,
+    read_jsonl,
+    smoothed,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +57,26 @@ def test_every_evaluation_is_named(tmp_path: Path) -> None:
     records = [("one", record({"1": [True], "2": [False]})), ("two", record({"1": [False], "2": [True]}))]
     plot_evaluations(records, tmp_path / "e.svg")
     assert {"one", "two", "1", "2", "sampled"} <= set(words(tmp_path / "e.svg"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_the_pareto_front_is_what_no_other_beats(points: list[tuple[int, int]]) -> None:
+    front = [points[i] for i in pareto_front(points)]
+
+    def beats(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+    assert front == sorted({p for p in points if not any(beats(q, p) for q in points)})
+
+
+def test_a_pareto_plot_has_a_panel_for_each_cost_that_differs(tmp_path: Path) -> None:
+    results = [("one", record({"1": [True], "2": [False]})), ("two", record({"1": [False], "2": [True]}))]
+    plot_pareto(results, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    results[1][1]["sampled"] |= {"thinking": 0.5, "thinking_low": 0.4, "thinking_high": 0.6}
+    plot_pareto(results, tmp_path / "p.svg")
+    assert {"share that thinks", "one", "two"} <= set(words(tmp_path / "p.svg"))
+    assert "own tokens an episode" not in words(tmp_path / "p.svg")
 
 
 def test_tasks_of_different_difficulties_keep_their_own_labels(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_who_waited_for_a_tool_is_taken_up_by_calling_it_again() -> None:
 def test_who_lacked_no_more_than_a_score_is_not_played_on() -> None:
     with rig(scripted([[words(3)]]), 10, 1, jobs=jobs()) as r:
         job = Job(Row("q9", [{"role": "user", "content": "?"}], ""), "g9", 0)
-        episode = Episode.begin("q9", "g9")
+        episode = Episode.begin(job.row, "g9")
         asyncio.run(r.policy.speaker().open(episode, job.row.messages, []))
         episode.status = Status.TRUNCATED
         kept = {"job": job, "episode": episode, "age": 2}

@@ -64,6 +64,16 @@ REFUSED = {
     "budget=knapsack budget.low=0": r"budget\.low: 0 must be at least 2: a prompt that gets none is never judged",
     "budget=bayes_knapsack budget.high=4": r"budget\.samples: 8 must be from budget\.low=0 to budget\.high=4",
     "budget=bayes_knapsack budget.cost=money": r"budget\.cost: money must be rollouts or tokens",
+    "reward=otc reward.form=dpo": r"reward\.form: 'dpo' is not grpo or ppo",
+    "reward=otc reward.optimum=batch": r"reward\.optimum: 'batch' is not history or group",
+    "reward=otc reward.alpha=0": r"reward\.alpha: 0\.0 must be above 0",
+    "reward=otc +reward.prices.search=-1": r"reward\.prices: \{'search': -1\.0\} must not be negative",
+    "reward=adacot reward.alpha_over=-1": r"reward\.alpha_over: -1\.0 must not be negative",
+    "reward=adacot reward.labels=judge": r"reward\.labels: 'judge' is not task or self",
+    "reward=adacot reward.threshold=1": r"reward\.threshold: 1\.0 must be between 0 and 1",
+    "advantage=decoupled budget.samples=1": r"budget\.samples: a group of one teaches nothing; give at least 2",
+    "reasoning.told_always=0.6 reasoning.told_never=0.6": r"reasoning\.told_always: .* at most 1 together",
+    "task.told=2": r"task\.told: 2\.0 must be a share, from 0 to 1",
     "task.operators=/": r"task.operators: '/' may hold only \+ - \*",
 }
 
@@ -117,3 +127,10 @@ def test_a_budget_that_means_nothing_to_a_critic_is_said_at_start() -> None:
     (note,) = checked("algorithm=tppo", "budget=bayes_knapsack").notes()
     assert note.startswith("budget: ") and "advantage=group" in note
     assert checked("algorithm=knapsack_grpo").notes() == checked("algorithm=tppo").notes() == []
+
+
+def test_a_price_that_normalisation_cancels_is_said_at_start() -> None:
+    (note,) = checked("reward=adacot").notes()
+    assert note.startswith("reward: ") and "advantage=decoupled" in note
+    for kept in ("advantage=decoupled", "advantage.normalize=false", "algorithm=ppo"):
+        assert checked("reward=otc_adacot", kept).notes() == []

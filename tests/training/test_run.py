@@ -93,6 +93,17 @@ WAYS = {
         "window.length=5",
         *EXACT,
     ],
+    "economy of calls": ["reward=otc", "advantage.normalize=false", "reward.least_successes=2"],
+    "economy in windows": ["algorithm=tppo", "window.length=5", "reward=otc_adacot", "reward.adacot.labels=self"],
+    "when to think": [
+        "reward=adacot",
+        "reward.labels=self",
+        "reward.mask_decision=true",
+        "advantage=decoupled",
+        "task.use_tool=false",
+        "reasoning.forced_never=0.5",
+        "reasoning.told_always=0.5",
+    ],
 }
 
 

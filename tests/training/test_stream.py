@@ -28,6 +28,7 @@ from training.budgets import BayesKnapsack, Knapsack, Uniform
 from training.packing import unpack
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
+from training.rewards.adacot import AdaCot
 from training.rollouts import Axes, CompleteRollouts, Source
 from training.selection import All, DropOverlong, DynamicSampling
 from training.settings import BatchConfig
@@ -89,7 +90,7 @@ def stream(runner: Runner, rows: range = range(8), **settings: Any) -> tuple[Rol
     axes = {"budget": Uniform(2), "reward": TaskReward(), "advantage": Group(normalize=False), "selection": All()}
     axes |= {name: settings.pop(name) for name in list(settings) if name in axes}
     hard = settings.pop("hard", lambda number: True)
-    options = {name: settings.pop(name) for name in ("anchor", "keep_zero") if name in settings}
+    options = {name: settings.pop(name) for name in ("anchor", "keep_zero", "think_id") if name in settings}
     rounds = Rounds()
     policy: Any = SimpleNamespace(speaker=Pupil(hard).speaker)
     batch = BatchConfig(**{"prompts": 4, "max_tokens": 64, **settings})
@@ -293,6 +294,22 @@ def test_ragged_groups(runner: Runner) -> None:
     assert advantages == [[0.0], pytest.approx([1 / 3, -2 / 3, 1 / 3]), [0.5, -0.5]]
     assert trained(step) == {int(visit[1]) for visit in asked[2:]}
     assert step["metrics"]["rollout/episodes"] == 6
+
+
+def test_the_decision_to_think_has_no_policy_loss(runner: Runner) -> None:
+    decision = partial(stream, prompts=8)
+    (plain,), (masked,) = take(decision(runner)[0], 1), take(decision(runner, think_id=2)[0], 1)
+    count = [sum(int(batch.policy_mask.sum()) for batch in step["micro_batches"]) for step in (plain, masked)]
+    assert count[0] - count[1] == 16, "the prompts end with the tag: the first own token decides"
+    assert weight(plain) == pytest.approx(1) == weight(masked)
+
+
+def test_what_a_reward_remembers_is_state(runner: Runner) -> None:
+    made, _ = stream(runner, reward=AdaCot(labels="self", gamma_format=0.0))
+    take(made, 1)
+    later, _ = stream(runner, reward=AdaCot(labels="self", gamma_format=0.0))
+    later.load_state_dict(pickle.loads(pickle.dumps(made.state_dict())))
+    assert later.axes.reward.state_dict() == made.axes.reward.state_dict() != AdaCot().state_dict()  # type: ignore[attr-defined]
 
 
 def test_anchors_are_computed_for_every_step_of_a_round_before_the_first(runner: Runner) -> None:

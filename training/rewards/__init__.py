@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rollout.episode import Episode
 
@@ -11,14 +11,25 @@ from rollout.episode import Episode
 class Reward(Protocol):
     """Shapes one finished group. A class that reads tool calls sets ``needs_tools``; tasks without tools refuse it.
 
-    One that tells right answers from better ones also sets ``teaches_solved``: budgets that withdraw rollouts from
-    prompts that always succeed then have to leave them enough.
+    What a class may have besides: ``teaches_solved`` if it tells right answers from better ones, so that budgets which
+    withdraw rollouts from prompts that always succeed have to leave them enough; ``scales``, by part, the factor that
+    ``advantage=decoupled`` has to keep, 1 where nothing is said; ``mask_decision`` if the decision to think is to have
+    no policy loss; and, of ``Remembers``, what it learns as it goes.
     """
 
     needs_tools: bool
 
     def __call__(self, group: Sequence[Episode]) -> list[dict[str, float]]:
         """Named parts for each episode; their sum is the reward that advantages are computed from."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A reward with a memory, kept in checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class TaskReward:
