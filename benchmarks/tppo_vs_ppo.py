@@ -24,10 +24,10 @@ BATCH = 16  # episodes at a time: few enough that the rollouts take longer than 
 TARGET = 0.8
 SMOOTHED = 512  # finished episodes
 PPO_STEPS = 112
+LEARNING_RATE = 1.5e-4  # for PPO's optimizer steps of BATCH x MEAN tokens; others by the root of theirs
 COMMON = [
     "budget.samples=1",
     f"batch.prompts={BATCH}",
-    "optimizer.learning_rate=1.5e-4",
     "critic.optimizer.learning_rate=1e-3",
     "evaluation.before=false",
     "evaluation.greedy=false",
@@ -35,16 +35,16 @@ COMMON = [
 ]
 OFF_POLICY = ["correction=tis", "anchor=recomputed"]
 
-PPO = ["algorithm=ppo", *COMMON, f"steps={PPO_STEPS}"]
+PPO = ["algorithm=ppo", *COMMON, f"steps={PPO_STEPS}", f"optimizer.learning_rate={LEARNING_RATE}"]
 QUICK = ["batch.prompts=8", "steps=3", "evaluation.questions=8", "critic.warmup_rounds=1"]
 
 
 def windowed(length: int) -> list[str]:
-    """About as many own tokens in all as PPO's steps write, and as many in each optimizer step."""
-    parts = max(1, round(length / MEAN))
-    steps = parts * math.ceil(PPO_STEPS * MEAN / length)
-    each = [f"{group}.minibatches={parts}" for group in ("batch", "critic")]
-    return ["algorithm=tppo", *COMMON, f"window.length={length}", *each, f"steps={steps}"]
+    """About as many own tokens in all as PPO's steps write."""
+    rate = LEARNING_RATE * math.sqrt(length / MEAN)
+    steps = math.ceil(PPO_STEPS * MEAN / length)
+    scaled = [f"steps={steps}", f"optimizer.learning_rate={rate:.3g}"]
+    return ["algorithm=tppo", *COMMON, f"window.length={length}", *scaled]
 
 
 PAIR = {"ppo": PPO, "tppo": windowed(WINDOW)}
