@@ -1,15 +1,16 @@
 """Budgets on populations that a CPU cannot train: success rates that drift as they are learnt, without a model.
 
-A prompt's success rate is a sigmoid of its own level. A group with both outcomes raises the level by what a step gains
-by the paper's expansion, Δp = η p (1-p)² and so Δlevel = η (1-p); a share of the mean gain reaches all prompts, as
-skills transfer. Hopeless prompts never succeed whatever their level. Arms spend rollouts, all that dynamic sampling
-throws away included, until each has had the same number; seeds are paired. The study shows how the rules compare where
-the value's assumptions hold exactly and estimates are as stale as epochs are long; not what a real model would do.
+A prompt's success rate is a sigmoid of its own level, which GRPO trains: advantages over the group's deviation s, each
+rollout with the same weight, so that a group of n raises its level by η n s over the mean group; a share of the mean
+gain reaches all prompts, as skills transfer. Hopeless prompts never succeed whatever their level. Arms spend rollouts,
+all that dynamic sampling throws away included, until each has had the same number; seeds are paired. Estimates are as
+stale as epochs are long; what a real model would do is another question (``benchmarks.knapsack_effect``).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rollout.episode import Episode
 from training.budgets import BayesKnapsack, Budget, Knapsack, Uniform
 
 SEEDS = 5
-ETA, TRANSFER = 0.3, 0.5
+ETA, TRANSFER = 0.5, 0.5
 MAX_ROUNDS = 4  # of dynamic sampling
 
 
@@ -77,10 +78,10 @@ class World:
         """Successes of so many rollouts each."""
         return self.rng.binomial(counts, self.rates[prompts])
 
-    def learn(self, prompts: np.ndarray, gain: float) -> None:
-        """One step on these prompts, whose groups varied; ``gain``: of a prompt whose rate is 0."""
+    def learn(self, prompts: np.ndarray, pulls: np.ndarray) -> None:
+        """One step: what the groups of these prompts raise their levels by."""
         own = np.zeros(len(self.levels))
-        np.add.at(own, prompts, gain * (1 - self.rates[prompts]))
+        np.add.at(own, prompts, pulls)
         self.levels += own + TRANSFER * own.sum() / len(own)
 
 
@@ -96,6 +97,7 @@ def run(population: Population, arm: str, seed: int) -> tuple[np.ndarray, float,
     visit = 0
     while spent < population.epochs * epoch:
         varied: list[int] = []
+        pulls: list[float] = []
         for _ in range(MAX_ROUNDS if arm == "dynamic_sampling" else 1):
             wanted = population.batch - len(varied)
             while len(queue) < wanted:
@@ -115,10 +117,12 @@ def run(population: Population, arm: str, seed: int) -> tuple[np.ndarray, float,
                 used, effective = used + int(counts.sum()), effective + int(counts[vary].sum())
             spent += int(counts.sum())
             largest = max(largest, int(counts.max()))
+            share = right[vary] / counts[vary]
+            pulls += (ETA * counts[vary] * np.sqrt(share * (1 - share)) / population.samples).tolist()
             varied += prompts[vary].tolist()
             if len(varied) >= population.batch:
                 break
-        world.learn(np.array(varied, dtype=int), ETA)
+        world.learn(np.array(varied, dtype=int), np.array(pulls))
         curve += [float(world.rates.mean())] * (min(100 * spent // epoch, 100 * population.epochs) - len(curve))
     return np.array(curve), effective / max(used, 1), largest
 
@@ -159,10 +163,14 @@ def main() -> None:
             curves[arm] = np.mean([curve for curve, *_ in runs], axis=0)
             start = float(np.mean([World(population, seed).rates.mean() for seed in range(seeds)]))
             reached = np.flatnonzero(curves[arm] >= curves["uniform"][-1])
-            share = (reached[0] + 1) / len(curves[arm]) if len(reached) else float("nan")
             ratio = float(np.mean([effective for _, effective, _ in runs]))
-            rows.append((arm, start, float(curves[arm][-1]), float(share), ratio, max(n for *_, n in runs)))
-            report.figure(f"{population.name}: {arm}", float(curves[arm][-1]) - start)
+            key = "_".join(re.findall(r"\w+", f"{population.name} {arm}"))
+            report.figure(f"{key}_gain", float(curves[arm][-1]) - start)
+            report.figure(f"{key}_effective", ratio)
+            share = "never"
+            if len(reached):
+                share = f"{report.figure(f'{key}_rollouts', (reached[0] + 1) / len(curves[arm])):.2f}"
+            rows.append((arm, start, float(curves[arm][-1]), share, ratio, max(n for *_, n in runs)))
         columns = [
             "arm",
             "success before",

@@ -44,19 +44,23 @@ class Comparison:
         self.overrides = [*(quick if self.quick else []), *self.overrides]
         self.experiment, self.report = experiment, Report(name)
         self.root = STORE / name / (code() + ("-quick" if self.quick else ""))
-        self._start: list[str] = []
 
-    def run(self, label: str, settings: list[str]) -> Path:
-        """The folder of a run, with the flags' overrides, from the warm start."""
-        if not self._start:
+    def start(self) -> Path:
+        """The checkpoint that every run starts from."""
+        checkpoint = self.root / "warm" / "checkpoints" / "warm_start"
+        if not checkpoint.exists():
             self.report.console.print("warm start …", style="dim")
             short = ["warm_start.steps=20"] if self.quick else []
             off = [f"evaluation.{name}=false" for name in ("before", "after")]
-            warm = train(self.root / "warm", self.experiment, [*off, *short, "steps=1", "batch.prompts=4"])
-            self._start = ["model=hf", f"model.path={warm / 'checkpoints' / 'warm_start'}", "warm_start=none"]
+            train(self.root / "warm", self.experiment, [*off, *short, "steps=1", "batch.prompts=4"])
+        return checkpoint
+
+    def run(self, label: str, settings: list[str]) -> Path:
+        """The folder of a run, with the flags' overrides, from the warm start."""
+        start = ["model=hf", f"model.path={self.start()}", "warm_start=none"]
         self.report.console.print(f"{label} …", style="dim")
         name = label.replace(", ", "-").replace(" ", "_")
-        return train(self.root / name, self.experiment, [*self._start, *settings, *self.overrides])
+        return train(self.root / name, self.experiment, [*start, *settings, *self.overrides])
 
     def finish(self, draw: Callable[[Path], None]) -> NoReturn:
         """The picture where it was asked for, and the last line."""

@@ -134,11 +134,14 @@ class ArithmeticConfig:
     operators: str = "+-*"
     mix: dict[str, float] = field(default_factory=lambda: {"1": 0.2, "2": 0.4, "3": 0.4})  # share of each difficulty
     use_tool: bool = True
-    told: float = 0.0  # share of demonstrations whose system prompt asks to think, or not to
+    thinking: float | None = None  # share of demonstrations that think, of those without a tool; None: the study's
+    told: float = 0.0  # share of them whose system prompt asks to think, or not to
 
     def __post_init__(self) -> None:
         require(self.size > 0, "task.size", f"{self.size} must be at least 1")
-        require(0 <= self.told <= 1, "task.told", f"{self.told} must be a share, from 0 to 1")
+        for name in ("thinking", "told"):
+            share = getattr(self, name) or 0.0
+            require(0 <= share <= 1, f"task.{name}", f"{share} must be a share, from 0 to 1")
         require(
             set(self.operators) <= set("+-*") and self.operators != "",
             "task.operators",

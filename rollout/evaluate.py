@@ -64,7 +64,7 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     from rollout.chat import Chat
     from rollout.display import stage
     from rollout.engines import Sampling
-    from rollout.evaluation import evaluate
+    from rollout.evaluation import evaluate, write_outcomes
     from rollout.runner import Runner
     from rollout.speaker import Policy
 
@@ -78,10 +78,11 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     try:
         policy = Policy(engine, chat, Sampling(max_tokens=1), cfg.engine.max_model_len, reasoning=cfg.reasoning)
         with counted(cfg, len(rows)) as progress:
-            result, _ = evaluate(runner, policy, rows, cfg.evaluation, progress)
+            result, episodes = evaluate(runner, policy, rows, cfg.evaluation, progress)
     finally:
         runner.call(engine.close(), cfg.engine.timeout_s, "the engine to stop")
         runner.close()
+    write_outcomes(episodes, directory / "outcomes.jsonl")
     return result
 
 
@@ -90,7 +91,7 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
     from hydra.utils import instantiate
 
     from rollout.chat_client import Server
-    from rollout.evaluation import evaluate
+    from rollout.evaluation import evaluate, write_outcomes
     from rollout.runner import Runner
 
     task = instantiate(cfg.task)
@@ -102,9 +103,10 @@ def evaluate_server(cfg: config.EvaluateConfig, directory: Path) -> dict[str, An
     try:
         server.model = runner.call(server.connect(), timeout, f"{cfg.url} to list its models")
         with counted(cfg, len(rows)) as progress:
-            result, _ = evaluate(runner, server, rows, e, progress)
+            result, episodes = evaluate(runner, server, rows, e, progress)
     finally:
         runner.close()
+    write_outcomes(episodes, directory / "outcomes.jsonl")
     return result
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +42,7 @@ def bootstrap(
     return float(low), float(high)
 
 
-MEASURES: dict[str, Callable[[Episode], float]] = {
+MEASURES: dict[str, Callable[[Episode], float]] = {  # each has an interval, and a place in outcomes
     "accuracy": lambda episode: float(episode.success),
     "tokens": lambda episode: float(episode.own_tokens),
     "tool_calls": lambda episode: float(len(episode.tool_results)),
@@ -117,6 +119,18 @@ def report(episodes: Sequence[Episode], rows: Sequence[Row], samples: int = 1) -
     if facts and len(unseen) < len(episodes):
         result["facts"] = figures([e for e in episodes if e.prompt_id in facts], samples)
     return result
+
+
+def write_outcomes(episodes: dict[str, list[Episode]], path: Path) -> None:
+    """JSON lines, one for each episode by mode: what two evaluations of the same questions can be compared by."""
+    lines = [
+        {"mode": mode, "prompt_id": e.prompt_id, "sample": e.sample, "difficulty": e.difficulty}
+        | {name: value(e) for name, value in MEASURES.items()}
+        for mode, played in episodes.items()
+        for e in played
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 class Evaluated(Protocol):

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from rollout import plots
 from rollout.display import Stage, stage
 from rollout.errors import UserError
-from rollout.evaluation import evaluate
+from rollout.evaluation import evaluate, write_outcomes
 from training import build, checkpoint, success_history, summary
 from training.config import TrainingConfig
 from training.journal import Journal
@@ -112,7 +112,8 @@ class Run:
             def progress(mode: str, done: int, total: int) -> None:
                 shown.update(behind[mode] + done)
 
-            result, _ = evaluate(self.runner, self.policy, rows, settings, progress)
+            result, episodes = evaluate(self.runner, self.policy, rows, settings, progress)
+        write_outcomes(episodes, self.directory.path / "outcomes" / f"step-{step}.jsonl")
         self.sync.forget()  # what the evaluation left in the prefix cache must not touch training
         self.directory.evaluated(step, result)
 

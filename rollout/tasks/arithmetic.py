@@ -79,7 +79,8 @@ def steps(a: int, op: str, b: int) -> str:
 class Arithmetic:
     """``mix`` gives each difficulty's share of the rows. One-digit texts run out, then the others fill the set.
 
-    ``told`` is the share of demonstrations, of those without a tool, whose system prompt asks for what they show.
+    Of demonstrations without a tool, ``thinking`` is the share that thinks (None: the study's), ``told`` that of a
+    system prompt which asks for what they show.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Arithmetic:
         operators: str = "+-*",
         mix: dict[str, float] | None = None,
         use_tool: bool = True,
+        thinking: float | None = None,
         told: float = 0.0,
     ) -> None:
         self.name = name
@@ -101,7 +103,7 @@ class Arithmetic:
         mix = {"1": 0.2, "2": 0.4, "3": 0.4} if mix is None else mix
         self._mix = {difficulty: share for difficulty, share in sorted(mix.items()) if share > 0}
         self._tools = [calculator] if use_tool else []
-        self._told = told
+        self._thinking, self._told = thinking, told
         self._rows: dict[str, list[Row]] = {}
 
     def tools(self) -> list[Tool]:
@@ -165,6 +167,9 @@ class Arithmetic:
         for _ in range(n):
             difficulty = rng.choices(difficulties, [SHARES[d] for d in difficulties])[0]
             styles = {s: p for s, p in STYLES[difficulty].items() if self._tools or s != "tool"}
+            if self._thinking is not None:
+                free = styles["direct"] + styles["think"]
+                styles |= {"direct": free * (1 - self._thinking), "think": free * self._thinking}
             style = rng.choices(list(styles), list(styles.values()))[0]
             yield self._demonstration(difficulty, style, rng)
 

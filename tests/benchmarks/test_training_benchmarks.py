@@ -1,4 +1,4 @@
-"""The benchmarks of budgets and windows run and report."""
+"""The benchmarks that compare training runs run and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_knapsack_drift(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["knapsack_effect", "tppo_vs_ppo"])
+@pytest.mark.parametrize("name", ["knapsack_effect", "tppo_vs_ppo", "otc_effect", "adacot_effect", "pareto"])
 def test_training_runs_are_compared(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(value) for value in quick(name, tmp_path).values())
 

@@ -74,6 +74,9 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     assert summary["seconds_by_stage"].keys() == {"warm_start", "engine_start", "evaluation", "training"}
     evaluations = json.loads((finished / "stages.json").read_text())["evaluations"]
     assert [e["step"] for e in evaluations] == [0, 2, 4]
+    outcomes = [read_jsonl(finished / "outcomes" / f"step-{step}.jsonl") for step in (0, 4)]
+    questions = [[row["prompt_id"] for row in rows if row["mode"] == "sampled"] for rows in outcomes]
+    assert questions[0] == questions[1] and len(questions[0]) == 10, "two steps can be compared question by question"
 
 
 EXACT = ["correction=tis", "anchor=recomputed"]

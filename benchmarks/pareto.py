@@ -1,0 +1,85 @@
+"""Pareto fronts of accuracy against tokens, tool calls and thinking: OTC and AdaCoT swept, real vLLM (CPU), one seed.
+
+Prices of a needless thought and strictness of the economy of calls (``experiment=pareto``), from one warm start, and
+three policies to beat: the warm start, the same made to think always, and the one that learnt the task's reward, which
+calls the calculator always. A point beats another in a cost if the cost's interval lies below the other's and the
+accuracy's does not, or if its accuracy's interval lies above and its cost's does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+from benchmarks.outcomes import evaluated
+from benchmarks.training_runs import Comparison, Run
+from rollout.plots import COSTS, pareto_front, plot_pareto
+
+COMMON = ["evaluation.before=false", "evaluation.every=null", "evaluation.greedy=false", "task.test_size=2500"]
+SWEPT = ["reward=otc_adacot", "advantage=decoupled", "reward.adacot.labels=self", "reasoning.forced_never=0.25"]
+GRID = {"reward.adacot.alpha_over": (0.1, 0.3, 0.9), "reward.otc.max_calls": (1, 4)}
+EVALUATION = [
+    "task.test_size=2500",
+    "limits.max_new_tokens=96",
+    "limits.max_tool_calls=2",
+    "limits.max_turns=3",
+    "engine.max_model_len=192",
+    "engine.max_num_seqs=256",
+    "evaluation.greedy=false",
+]
+QUICK = ["steps=2", "batch.prompts=4", "evaluation.questions=40"]
+
+
+def beats(ours: dict[str, Any], theirs: dict[str, Any], cost: str) -> bool:
+    """Beyond the intervals in one, not worse beyond them in the other."""
+    cheaper = ours[f"{cost}_high"] < theirs[f"{cost}_low"]
+    better = ours["accuracy_low"] > theirs["accuracy_high"]
+    dearer = ours[f"{cost}_low"] > theirs[f"{cost}_high"]
+    worse = ours["accuracy_high"] < theirs["accuracy_low"]
+    return (cheaper and not worse) or (better and not dearer)
+
+
+def main() -> None:
+    comparison = Comparison("pareto", __doc__.splitlines()[0], experiment="quickstart", seeds=1, quick=QUICK)
+    report, quick = comparison.report, comparison.quick
+    few = ["evaluation.questions=40"] if quick else ["evaluation.questions=null"]
+    points: list[tuple[str, dict[str, Any]]] = []
+    start = comparison.start()
+    for name, mode in (("warm start", "auto"), ("always thinks", "always")):
+        evaluated(start, [*EVALUATION, *few, f"reasoning={mode}"], mode)
+        points.append((name, json.loads((start / mode / "evaluation.json").read_text())))
+    runs = {"task's reward": ["reward=task", "advantage.normalize=false"]}
+    for values in itertools.product(*GRID.values()):
+        chosen = dict(zip(GRID, values, strict=True))
+        label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items())
+        runs[label] = [*SWEPT, *(f"{key}={value}" for key, value in chosen.items())]
+    for name, settings in runs.items():
+        folder = comparison.run(name, [*COMMON, *few, *settings])
+        points.append((name, Run(folder).evaluations[-1]))
+    others, swept = points[:3], points[3:]
+    columns = ["policy", "accuracy", *COSTS, "E³ · 1000", "on the front of"]
+    rows = []
+    fronts = {
+        cost: {points[i][0] for i in pareto_front([(p["sampled"][cost], p["sampled"]["accuracy"]) for _, p in points])}
+        for cost in COSTS
+    }
+    for name, point in points:
+        figures = point["sampled"]
+        on = " ".join(cost for cost in COSTS if name in fronts[cost])
+        rows.append((name, figures["accuracy"], *(figures[cost] for cost in COSTS), 1000 * figures["e3"], on))
+    report.table("arithmetic with a calculator, unseen questions sampled, one seed", columns, rows)
+    report.figure("points", len(swept))
+    for name, point in others:
+        key = name.replace(" ", "_").replace("'", "")
+        beaten = [cost for cost in COSTS if any(beats(p["sampled"], point["sampled"], cost) for _, p in swept)]
+        report.figure(f"{key}_beaten_in", len(beaten))
+    if not quick:
+        report.bar("points", ">=", 6)
+        for name, _ in others:
+            report.bar(f"{name.replace(' ', '_').replace(chr(39), '')}_beaten_in", ">=", 2)
+    comparison.finish(lambda path: plot_pareto(points, path))
+
+
+if __name__ == "__main__":
+    main()
