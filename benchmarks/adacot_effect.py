@@ -4,7 +4,8 @@ The oracle thinks exactly where the warm start's direct answer is right with p <
 counted from the arm that learns the task's reward. The warm start, unlike the paper's, thinks about every second
 question whatever its length. The skewed stage goes on from the arm with true labels, on questions that all need
 thought and with the task's reward alone, with and without Selective Loss Masking; trigger accuracy is then the mean of
-both classes on unseen questions of both. Labels of its own come from rollouts that were forced not to think.
+both classes on unseen questions of both. Labels of its own come from rollouts that were forced not to think. A tenth
+each of the prompts asks, by its system prompt, to think or not to; who obeys is measured on 500 questions each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ ARMS = {
     "adacot, normalised": ["advantage=group"],
 }
 FREE = [f"reward.{price}=0" for price in ("alpha_miss", "alpha_over", "gamma_format")]
-SKEWED = ["task.mix.1=0", *FREE, "evaluation.after=false"]
+UNTOLD = [f"reasoning.told_{mode}=0" for mode in ("always", "never")]
+SKEWED = ["task.mix.1=0", *FREE, *UNTOLD, "evaluation.after=false"]
 STAGES = {"skewed, unmasked": SKEWED, "skewed, masked": [*SKEWED, "reward.mask_decision=true"]}
 QUICK = ["steps=2", "batch.prompts=4", "evaluation.questions=40"]
 
@@ -102,6 +104,7 @@ def main() -> None:
     comparison = Comparison("adacot_effect", what, experiment="adacot", seeds=SEEDS, quick=QUICK)
     report, quick = comparison.report, comparison.quick
     played: dict[str, list[dict[str, Outcome]]] = {name: [] for name in [*ARMS, *STAGES]}
+    obedient: dict[str, list[dict[str, Outcome]]] = {"always": [], "never": []}
     agreements = []
     task = Arithmetic(operators="+-", mix={"1": 0.5, "3": 0.5}, use_tool=False, test_size=TEST)
     few = ["evaluation.questions=40"] if quick else ["evaluation.questions=null"]
@@ -112,6 +115,9 @@ def main() -> None:
             played[name].append(outcomes(folder))
             if name == "adacot":
                 skilled = last_checkpoint(folder)
+                for mode, runs in obedient.items():
+                    told = [*BALANCED, f"told={mode}", f"evaluation.questions={40 if quick else 500}"]
+                    runs.append(evaluated(folder, told, f"told_{mode}"))
             if settings == SELF:
                 agreements.append(label_agreement(folder, task))
         for name, settings in STAGES.items():
@@ -144,6 +150,9 @@ def main() -> None:
             report.figure(f"{key}_saving_of_oracle", saved)
             report.figure(f"{key}_accuracy_difference_low", low)
     report.figure("own_labels_agreement", float(np.mean(agreements)))
+    for mode, runs in obedient.items():
+        shares = [mean(found, "thinking") for found in runs]
+        report.figure(f"obeys_{mode}", float(np.mean(shares if mode == "always" else [1 - s for s in shares])))
     report.table(
         f"sums of 1 and 3 digits, {len(difficulty):,} unseen questions sampled, {comparison.seeds} seeds; the oracle "
         f"spends {oracle:.1f} thinking tokens; labels of its own agree with the task's on {np.mean(agreements):.3f}",
@@ -153,6 +162,8 @@ def main() -> None:
     if not quick:
         report.bar("adacot_saving_of_oracle", ">=", 0.8)
         report.bar("adacot_accuracy_difference_low", ">", -0.02)
+        for mode in obedient:
+            report.bar(f"obeys_{mode}", ">=", 0.9)
         report.bar("skewed_unmasked_trigger_accuracy", "<=", 0.6)
         report.bar("skewed_masked_trigger_accuracy", ">=", 0.7)
     comparison.finish(lambda path: draw(path, played))

@@ -281,6 +281,7 @@ class EvaluateConfig:
     model: str | None = None  # the server's name of the model; None: the only one it serves
     run_dir: str = MISSING
     reasoning: str = "auto"
+    told: str | None = None  # always or never: a system prompt asks for it, and ``trigger`` says who obeys
     concurrency: int = 32  # requests at once; url only
     threads: int | None = None
     task: Any = MISSING
@@ -302,6 +303,7 @@ class EvaluateConfig:
         require(self.concurrency > 0, "concurrency", f"{self.concurrency} must be at least 1")
         modes = ("auto", "always", "never")
         require(self.reasoning in modes, "reasoning", f"{self.reasoning!r} is not one of {', '.join(modes)}")
+        require(self.told in (None, *modes[1:]), "told", f"{self.told!r} is not always, never or null")
 
 
 GROUPS: dict[str, dict[str, type]] = {

@@ -16,6 +16,7 @@ from rollout import config
 from rollout.checkpoint import read
 from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
+from rollout.reasoning import told
 
 config.register()
 
@@ -52,7 +53,7 @@ def rows_of(cfg: config.EvaluateConfig, task: Any) -> list[Any]:
     rows = task.rows("test")[: cfg.evaluation.questions]
     if not rows:
         raise UserError(f"task {task_name(cfg)}: no test questions; give task.test_size or another split")
-    return rows
+    return rows if cfg.told is None else [told(row, cfg.told) for row in rows]
 
 
 def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str, Any]:

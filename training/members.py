@@ -331,6 +331,7 @@ class AdaCotConfig:
     alpha_miss: float = 0.2
     alpha_over: float = 0.3
     gamma_format: float = 1.0
+    alpha_told: float = 1.5  # of not doing what the system prompt asks for (reasoning.told_*)
     labels: str = "task"  # or self: the policy's own success without thought
     threshold: float = 0.5  # self: below it a prompt needs thought
     least_seen: int = 4  # self: rollouts without thought before a prompt is judged
@@ -338,7 +339,7 @@ class AdaCotConfig:
     mask_decision: bool = False  # no policy loss on the decision: for stages that would push it one way
 
     def __post_init__(self) -> None:
-        for name in ("alpha_miss", "alpha_over", "gamma_format"):
+        for name in ("alpha_miss", "alpha_over", "gamma_format", "alpha_told"):
             require(getattr(self, name) >= 0, f"reward.{name}", f"{getattr(self, name)} must not be negative")
         require(self.labels in ("task", "self"), "reward.labels", f"{self.labels!r} is not task or self")
         require(0 < self.threshold < 1, "reward.threshold", f"{self.threshold} must be between 0 and 1")

@@ -136,8 +136,31 @@ def test_labels_of_its_own_come_from_success_without_thought() -> None:
     other = AdaCot(0.2, 0.3, labels="self", least_seen=4)
     other.load_state_dict(reward.state_dict())
     assert other([episode(THOUGHT, True, "easy")])[0]["over"] == -0.3
-    told = episode(DIRECT, True, "easy", needs_thought=True, told="always")
-    assert reward([told])[0]["missed"] == -0.2, "what the system prompt asks for goes before"
+
+
+def test_what_the_system_prompt_asks_for_goes_before_the_need() -> None:
+    for text, told, paid in (
+        (DIRECT, "always", -1.5),
+        (THOUGHT, "always", 0),
+        (DIRECT, "never", 0),
+        (THOUGHT, "never", -1.5),
+    ):
+        (parts,) = AdaCot(0.2, 0.3)([episode(text, needs_thought=told == "always", told=told)])
+        assert parts == {"task": 1.0, "missed": 0, "over": 0, "format": 0, "told": paid}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think></think><tool_response>4</tool_response>4",
+        '<think><tool_call>{"name": "f", "arguments": {}}</tool_call></think>4',
+        "<think><think></think>4",
+        "<think></think><think>2+2</think>4",
+        "4",
+    ],
+)
+def test_successes_by_broken_format_earn_nothing(text: str) -> None:
+    assert sum(AdaCot()([episode(text, True, needs_thought=None)])[0].values()) == 0
 
 
 def all_right(alpha: float) -> tuple[AdaCot, list[Episode]]:

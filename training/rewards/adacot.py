@@ -102,9 +102,10 @@ class AdaCot:
 
     ``labels`` task: what the row says of a turn's need (``needs_thought``). self: a prompt needs thought if the policy
     answered it right without any in fewer than ``threshold`` of its last ``least_seen`` such rollouts; one with fewer
-    has neither price. A rollout whose mode the template forced pays for neither: it had no choice. An answer longer
-    than ``longest_answer`` characters counts as thought: reasoning may not move there for free. ``mask_decision``
-    drops the policy loss of the decision itself, for stages that would push it one way.
+    has neither price. A rollout whose mode the template forced pays for neither: it had no choice. Nor does one whose
+    system prompt asks for a mode: it pays ``alpha_told`` for the other one, which above 1 is more than a right answer
+    is worth. An answer longer than ``longest_answer`` characters counts as thought: reasoning may not move there for
+    free. ``mask_decision`` drops the policy loss of the decision itself, for stages that would push it one way.
     """
 
     needs_tools = False
@@ -115,37 +116,44 @@ class AdaCot:
         alpha_miss: float = 0.2,
         alpha_over: float = 0.3,
         gamma_format: float = 1.0,
+        alpha_told: float = 1.5,
         labels: str = "task",
         threshold: float = 0.5,
         least_seen: int = 4,
         longest_answer: int | None = None,
         mask_decision: bool = False,
     ) -> None:
-        self.scales = dict(zip(PRICES, (alpha_miss, alpha_over, gamma_format), strict=True))
+        self.scales = dict(zip(PRICES, (alpha_miss, alpha_over, gamma_format), strict=True)) | {"told": alpha_told}
         self.learns_labels, self.threshold, self.least_seen = labels == "self", threshold, least_seen
         self.longest_answer = longest_answer
         self.mask_decision = mask_decision
         self.direct = SuccessHistory()  # of rollouts without thought
 
     def __call__(self, group: Sequence[Episode]) -> list[dict[str, float]]:
-        """The environment's parts, and ``missed``, ``over`` and ``format``, each 0 or minus its price."""
+        """The environment's parts, and ``missed``, ``over`` and ``format``, each 0 or minus its price; where the system
+        prompt asks for a mode also ``told``.
+        """
         if self.learns_labels:
             self.direct.add([e for e in group if not e.thought])
             self.direct.now += 1
         return [{**episode.rewards, **self.parts(episode)} for episode in group]
 
     def parts(self, episode: Episode) -> dict[str, float]:
-        """The three prices; each is paid once, however many turns owe it."""
+        """What is paid; each price once, however many turns owe it."""
         decisions = episode.decisions(self.need(episode), self.longest_answer) or [(False, None)]
         owed = [penalties(thought, needs, episode.well_formed) for thought, needs in decisions]
         columns = zip(PRICES, zip(*owed, strict=True), strict=True)
-        return {name: -self.scales[name] * max(column) for name, column in columns}
+        paid = {name: -self.scales[name] * max(column) for name, column in columns}
+        if episode.told is None:
+            return paid
+        ((thought, _),) = episode.decisions(None, self.longest_answer)
+        return {**paid, "told": -self.scales["told"] * (thought != (episode.told == "always"))}
 
     def need(self, episode: Episode) -> bool | list[bool | None] | None:
         """Whether the prompt needs thought; None where that is unknown, or was not the policy's to decide."""
-        if episode.reasoning in ("always", "never"):
+        if episode.reasoning in ("always", "never") or episode.told is not None:
             return None
-        if not self.learns_labels or episode.told:
+        if not self.learns_labels:
             return episode.needs_thought
         rate = self.direct.last_rates([episode.prompt_id], self.least_seen)[0]
         return None if np.isnan(rate) else bool(rate < self.threshold)
