@@ -7,6 +7,7 @@ The test set has the two kinds that can be learnt.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from random import Random
 
@@ -14,7 +15,7 @@ from rollout.environment import Row
 from rollout.tasks import Split
 from rollout.tasks.long_chain import STARTS, WORDINGS, LongChain, held_out
 
-COUNTS = {"trivial": (1, 2), "medium": (7, 9), "hard": (20, 28), "hopeless": (7, 9)}
+COUNTS = {"trivial": (1, 2), "medium": (6, 10), "hard": (20, 28), "hopeless": (6, 10)}
 NO_ANSWER = -1
 
 
@@ -32,15 +33,16 @@ class MixedChains(LongChain):
         return self._mixed[split]
 
     def _rows_of(self, split: Split, sizes: dict[str, int], rng: Random) -> list[Row]:
-        rows: dict[str, Row] = {}
+        rows: list[Row] = []
         for kind, size in sizes.items():
-            wanted = len(rows) + size
-            while len(rows) < wanted:
-                start, count = rng.choice(STARTS), rng.randint(*COUNTS[kind])
-                row = self._row(start, count, rng.choice(WORDINGS))
-                if held_out(start, count) == (split == "test") and row.id not in rows:
-                    answer = NO_ANSWER if kind == "hopeless" else row.answer
-                    rows[row.id] = replace(row, difficulty=kind, answer=answer)
-        shuffled = [*rows.values()]
-        rng.shuffle(shuffled)
-        return shuffled
+            low, high = COUNTS[kind]
+            chains = [
+                chain for chain in itertools.product(STARTS, range(low, high + 1), WORDINGS)
+                if held_out(*chain[:2]) == (split == "test")
+            ]  # fmt: skip
+            taken = {row.id for row in rows}  # by the medium ones, which have the hopeless ones' counts
+            free = [row for row in (self._row(*chain) for chain in chains) if row.id not in taken]
+            for row in rng.sample(free, size):
+                rows.append(replace(row, difficulty=kind, answer=NO_ANSWER if kind == "hopeless" else row.answer))
+        rng.shuffle(rows)
+        return rows
