@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.training_runs import Comparison, Run
 
 SEEDS = 5
-ROWS, PROMPTS, SAMPLES, STEPS, EVERY = 256, 16, 8, 64, 8
+ROWS, PROMPTS, SAMPLES, STEPS, EVERY = 128, 16, 8, 64, 8
 EPOCH = ROWS // PROMPTS  # steps
 SETTINGS = [
     "task=custom",
@@ -25,6 +25,7 @@ SETTINGS = [
     f"+task.size={ROWS}",
     f"batch.prompts={PROMPTS}",
     f"steps={STEPS}",
+    "optimizer.learning_rate=1.5e-4",
     "optimizer.lr_scheduler_type=constant",
     "advantage.clip=5.0",
     f"evaluation.every={EVERY}",

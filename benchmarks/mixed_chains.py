@@ -1,7 +1,8 @@
 """Prompts of four kinds in equal parts, for budgets: chains that hardly ever, seldom, often and nearly always succeed.
 
-A chain's success rate falls with its length (``rollout.tasks.long_chain``). The hopeless ones are of medium length,
-and their gold answer is none that can be given, as with a broken verifier: only the verifier's word tells them apart.
+A chain's success rate falls with its length (``rollout.tasks.long_chain``). The hopeless ones are as long as the hard
+ones, and their gold answer is none that can be given, as with a broken verifier: only the verifier's word tells them
+apart.
 The test set has the two kinds that can be learnt.
 """
 
@@ -15,7 +16,7 @@ from rollout.environment import Row
 from rollout.tasks import Split
 from rollout.tasks.long_chain import STARTS, WORDINGS, LongChain, held_out
 
-COUNTS = {"trivial": (1, 2), "medium": (6, 10), "hard": (20, 28), "hopeless": (6, 10)}
+COUNTS = {"trivial": (1, 2), "medium": (6, 10), "hard": (20, 28), "hopeless": (20, 28)}
 NO_ANSWER = -1
 
 
@@ -40,7 +41,7 @@ class MixedChains(LongChain):
                 chain for chain in itertools.product(STARTS, range(low, high + 1), WORDINGS)
                 if held_out(*chain[:2]) == (split == "test")
             ]  # fmt: skip
-            taken = {row.id for row in rows}  # by the medium ones, which have the hopeless ones' counts
+            taken = {row.id for row in rows}  # by the hard ones, which have the hopeless ones' counts
             free = [row for row in (self._row(*chain) for chain in chains) if row.id not in taken]
             for row in rng.sample(free, size):
                 rows.append(replace(row, difficulty=kind, answer=NO_ANSWER if kind == "hopeless" else row.answer))

@@ -19,10 +19,10 @@ from training.knapsack import (
     allocate,
     allocate_tokens,
     expected_gains,
-    fitted_prior,
     known_gains,
     require_feasible,
 )
+from training.population import RATES, fitted_population, posterior
 from training.success_history import SuccessHistory
 
 
@@ -103,13 +103,16 @@ def bayes_knapsack(
         raise ValueError(f"{len(s)} successes and {len(f)} failures must be of one length: one each per prompt")
     if not (len(prior) == 2 and all(0 < x < math.inf for x in prior)):
         raise ValueError(f"prior={prior} must be two positive numbers: pseudo-counts of successes and of failures")
-    gains = expected_gains(s, f, high, prior=prior)
+    return _allocated(expected_gains(s, f, high, prior=prior), total, low, cost)
+
+
+def _allocated(gains: Floats, total: float, low: int, cost: Any) -> torch.Tensor:
     if cost is None:
         return torch.from_numpy(allocate(gains, int(total), low))
     costs = _counts(cost, "cost")
-    if len(costs) != len(s) or costs.min() <= 0:
+    if len(costs) != len(gains) or costs.min() <= 0:
         raise ValueError(
-            f"{len(costs)} costs, the lowest {costs.min():g}: give a positive one for each of {len(s)} prompts"
+            f"{len(costs)} costs, the lowest {costs.min():g}: give a positive one for each of {len(gains)} prompts"
         )
     return torch.from_numpy(allocate_tokens(gains, costs, total, low))
 
@@ -210,7 +213,8 @@ class Knapsack(Adaptive):
 class BayesKnapsack(Adaptive):
     """``bayes_knapsack``: nothing is a special case, and prompts never seen are worth what the ``prior`` says.
 
-    ``prior``: pseudo-counts of successes and failures; None: fitted to all prompts seen so far, at every call.
+    ``prior``: pseudo-counts of successes and failures; None: the population of all prompts seen so far, which need not
+    be a Beta (``training.population``), fitted at every call.
     ``half_life``: rounds after which what was seen counts half, as the policy moves; None: for ever. ``cost`` "tokens":
     the budget is what ``samples`` rollouts of each prompt would take, by their lengths so far, and is not exceeded;
     "rollouts": their number.
@@ -232,11 +236,11 @@ class BayesKnapsack(Adaptive):
 
     def shares(self, prompt_ids: Sequence[str]) -> torch.Tensor:
         costs = self.history.tokens(prompt_ids) if self.cost == "tokens" else None
-        return bayes_knapsack(
-            *self.history.counts(prompt_ids, self.half_life),
-            total=self.samples * float(len(prompt_ids) if costs is None else costs.sum()),
-            low=self.low,
-            high=self.high,
-            prior=self.prior or fitted_prior(*self.history.counts([*self.history.visits], self.half_life)),
-            cost=costs,
-        )
+        total = self.samples * float(len(prompt_ids) if costs is None else costs.sum())
+        counts = self.history.counts(prompt_ids, self.half_life)
+        if self.prior is not None:
+            bounds: Any = {"low": self.low, "high": self.high}
+            return bayes_knapsack(*counts, total=total, prior=self.prior, cost=costs, **bounds)
+        population = fitted_population(*self.history.counts([*self.history.visits], self.half_life))
+        gains = posterior(*counts, population) @ known_gains(RATES, self.high)
+        return _allocated(gains, total, self.low, costs)

@@ -11,11 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-
-MEANS = np.linspace(0.02, 0.98, 25)  # of fitted priors
-STRENGTHS = np.geomspace(0.1, 20.0, 15)  # pseudo-counts
-MOST_PAIRS = 1000
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -52,32 +47,6 @@ def expected_gains(
     gains = weight * (all_right * (f + 2) + all_wrong * (s + 1)) / total
     gains[:, 0] = 0.0
     return gains
-
-
-def fitted_prior(successes: Floats, failures: Floats) -> tuple[float, float]:
-    """The Beta prior under which these counts are likeliest (beta-binomial), on a grid of means and strengths.
-
-    Populations of prompts are seldom even: many always or never succeed. Under Beta(1, 1) eight failures still promise
-    a tenth of success; under a prior that has seen a thousand hopeless prompts they promise next to none.
-
-    successes, failures: (n,), at least 0; with nothing seen the prior is (1, 1).
-    """
-    seen = successes + failures > 0
-    pairs, times = np.unique(np.c_[successes[seen], failures[seen]], axis=0, return_counts=True)
-    if not len(pairs):
-        return 1.0, 1.0
-    if len(pairs) > MOST_PAIRS:  # counts that fade are all different
-        pairs, times = pairs[:: len(pairs) // MOST_PAIRS + 1], times[:: len(pairs) // MOST_PAIRS + 1]
-    mean, strength = (grid.ravel()[:, None] for grid in np.meshgrid(MEANS, STRENGTHS))
-    a, b = torch.from_numpy(mean * strength), torch.from_numpy((1 - mean) * strength)
-    s, f = (torch.from_numpy(pairs[:, i]) for i in (0, 1))
-    likelihood = (_log_beta(a + s, b + f) - _log_beta(a, b)) @ torch.from_numpy(times.astype(np.float64))
-    best = int(likelihood.argmax())
-    return float(a[best]), float(b[best])
-
-
-def _log_beta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
 
 def allocate(gains: Floats, total: int, low: int) -> Ints:
