@@ -13,7 +13,7 @@ PURE := hydra_plugins/local_gpus benchmarks/report.py serving/config.py serving/
 	$(addprefix rollout/scheduling/,programs.py policies.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
 		metrics.py plots.py costs.py workloads.py traces.py results.py) \
 	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py head.py knapsack.py \
-		losses.py members.py memory.py objective.py packing.py prompts.py selection.py settings.py success_history.py \
+		losses.py members.py memory.py objective.py packing.py prompts.py selection.py settings.py population.py success_history.py \
 		sweep.py rewards)
 
 # One thread each: on small models more threads are slower, and the shared engine has threads of its own. No network in tests.

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
-from scipy.stats import beta, betabinom
+from scipy.stats import beta
 
 from benchmarks.knapsack_optimality import best_by_programme, summed
 from training.budgets import bayes_knapsack, knapsack, rollout_value
-from training.knapsack import allocate, allocate_tokens, expected_gains, fitted_prior, known_gains
+from training.knapsack import allocate, allocate_tokens, expected_gains, known_gains
 
 
 def value(p: float, n: int) -> float:
@@ -43,23 +43,6 @@ def test_expected_gains_add_up_to_the_integral(successes: float, failures: float
     for n in (1, 2, 3, 8, 64, 512):
         expected, _ = quad(lambda p, n=n: value(p, n) * law.pdf(p), 0, 1, points=[law.mean()], limit=500)
         assert sums[n - 1] == pytest.approx(expected, rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.parametrize("true", [(0.3, 0.5), (1.0, 1.0), (5.0, 2.0), (0.1, 0.1)])
-def test_the_fitted_prior_is_the_likeliest_and_near_the_true_one(true: tuple[float, float]) -> None:
-    rng = np.random.default_rng(3)
-    seen = rng.integers(1, 33, 3000)
-    successes = rng.binomial(seen, rng.beta(*true, 3000)).astype(float)
-    a, b = fitted_prior(successes, seen - successes)
-
-    def likelihood(x: float, y: float) -> float:
-        return float(betabinom(seen, x, y).logpmf(successes).sum())
-
-    assert a / (a + b) == pytest.approx(true[0] / sum(true), abs=0.04)
-    assert 1 / 1.6 < (a + b) / sum(true) < 1.6
-    for factor in (0.5, 2.0):
-        assert likelihood(a, b) > max(likelihood(factor * a, factor * b), likelihood(factor * a, b))
-    assert fitted_prior(np.array([0.0, 0.0]), np.array([0.0, 0.0])) == fitted_prior(np.zeros(0), np.zeros(0)) == (1, 1)
 
 
 def test_many_counts_are_as_good_as_knowing() -> None:
