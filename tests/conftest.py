@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared_machine", deadline=None)  # how long an example takes depends on the neighbours
+settings.load_profile("shared_machine")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # best for tiny models, and tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

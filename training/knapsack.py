@@ -155,23 +155,23 @@ def _without_single(gains: Floats, counts: Ints, single: int) -> Ints:
 def _exchanged(gains: Floats, counts: Ints, costs: Floats, total: float, low: int) -> Ints:
     """Add what can be paid, and swap a step of one prompt for a step of another, while the sum of gains grows."""
     n, high = gains.shape
-    values = np.c_[np.zeros(n), np.cumsum(gains, axis=1)]
     at = np.arange(n)
     counts = counts.copy()
-    for _ in range(4 * n):
+    for _ in range(n * high):  # more steps than any improvement takes: the sum grows with each
         up = np.where(counts == 0, 2, 1)
         down = np.where(counts == 2, 2, 1) if low == 0 else np.ones(n, dtype=np.int64)
         can_grow, can_shrink = counts + up <= high, counts - down >= low
-        gain = np.where(can_grow, values[at, np.minimum(counts + up, high)] - values[at, counts], -np.inf)
-        loss = np.where(can_shrink, values[at, counts] - values[at, np.maximum(counts - down, 0)], np.inf)
+        # The first of two rollouts adds nothing, so that a step of two is the second's gain: no sum swallows a small one.
+        gain = np.where(can_grow, gains[at, np.minimum(counts + up, high) - 1], -np.inf)
+        loss = np.where(can_shrink, gains[at, np.maximum(counts, 1) - 1], np.inf)
         by_cost = np.argsort(up * costs, kind="stable")
         best = np.maximum.accumulate(gain[by_cost])
         left = total - float(counts @ costs)
         freed, lost = np.r_[0.0, down * costs], np.r_[0.0, loss]
         place = np.searchsorted((up * costs)[by_cost], left + freed, side="right") - 1
-        better = np.where(place >= 0, best[place], -np.inf) - lost
+        better = np.where(place >= 0, best[place], -np.inf) - lost * (1 + 1e-9)  # an exchange of equals would not end
         choice = int(np.argmax(better))
-        if not better[choice] > 1e-15:
+        if not better[choice] > 0:
             break
         grown = int(by_cost[np.argmax(gain[by_cost][: place[choice] + 1])])
         counts[grown] += up[grown]

@@ -32,15 +32,22 @@ def fitted_population(successes: Floats, failures: Floats) -> Floats:
         return even
     if len(pairs) > MOST_PAIRS:  # counts that fade are all different
         pairs, times = pairs[:: len(pairs) // MOST_PAIRS + 1], times[:: len(pairs) // MOST_PAIRS + 1]
+    likelihood = _likelihood(pairs[:, 0], pairs[:, 1])
     weights = even
     for _ in range(ROUNDS):
-        share = times @ posterior(pairs[:, 0], pairs[:, 1], weights)
+        share = times @ (likelihood * weights / (likelihood @ weights)[:, None])
         weights = (share + SPREAD * even) / (times.sum() + SPREAD)
     return weights
 
 
 def posterior(successes: Floats, failures: Floats, weights: Floats) -> Floats:
     """Of each prompt with these counts, the weights of ``RATES``: (n, 41), each row sums to 1."""
+    joint = _likelihood(successes, failures) * weights
+    return joint / joint.sum(1, keepdims=True)
+
+
+def _likelihood(successes: Floats, failures: Floats) -> Floats:
+    """Of the counts at each of ``RATES``, over the largest of the row: (n, 41)."""
     rates, s, f = torch.from_numpy(RATES), torch.as_tensor(successes)[:, None], torch.as_tensor(failures)[:, None]
-    logs = torch.xlogy(s, rates) + torch.xlogy(f, 1 - rates) + torch.from_numpy(weights).log()
-    return np.asarray(logs.softmax(1))
+    logs = torch.xlogy(s, rates) + torch.xlogy(f, 1 - rates)
+    return np.asarray((logs - logs.max(1, keepdim=True).values).exp())
