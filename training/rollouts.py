@@ -37,9 +37,10 @@ class Round:
 
 
 class Rollouts(Protocol):
-    """A member of the ``window`` group."""
+    """A member of the ``window`` group. ``ahead``: it plays while the trainer works."""
 
     source: Source
+    ahead: bool
 
     def play(self, version: int) -> Round:
         """Play until there is something to train on; rewards are set."""
@@ -166,6 +167,8 @@ class TruncatedRollouts:
     once its last member has finished: it is by then partly of older versions, and windows without such a group pass
     without a step, until as many groups have ended as the selection may see in one.
     """
+
+    ahead = False
 
     def __init__(self, source: Source, window: Window, *, unfinished: bool) -> None:
         self.source, self.window, self.unfinished = source, window, unfinished

@@ -127,8 +127,9 @@ class RolloutStream:
         played = self.rollouts.play(version)
         metrics = round_metrics(played)
         metrics["time/sync"], metrics["time/generate"] = synced - start, time.monotonic() - synced
-        metrics["rollout/tokens_per_second"] = played.tokens / metrics["time/generate"]
-        if self.engine_steps:
+        if not self.rollouts.ahead:  # else it was played while the trainer worked, and this is only what was waited for
+            metrics["rollout/tokens_per_second"] = played.tokens / metrics["time/generate"]
+        if self.engine_steps and not self.rollouts.ahead:
             metrics["rollout/engine_steps"] = float(self.engine_steps() - steps)
             metrics["rollout/occupancy"] = played.tokens / max(metrics["rollout/engine_steps"] * played.slots, 1.0)
         groups = self._members(played.kept)
