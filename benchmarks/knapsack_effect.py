@@ -1,11 +1,12 @@
 """What budgets save: the same task, warm start and expected rollouts a step, real vLLM on CPU, paired by seed.
 
-A quarter each of the prompts is hopeless, hard, medium and trivial (``benchmarks.mixed_chains``). Arms are uniform
-groups, DAPO's dynamic sampling (resample until enough groups vary, every generated token counted), the published
-knapsack and ours over posteriors, whose budget is in tokens. Sampled accuracy on 1,000 unseen medium and hard questions
-is measured every so many steps, and smoothed over three; tokens are all that the rollouts generated until an arm's
-curve first reaches the accuracy at which the uniform arm of its seed ended (all of its own, where it never did). The
-learning rate is constant, so that an arm does not profit from where it stops.
+A quarter each of the prompts is hopeless, hard, medium and trivial (``benchmarks.mixed_chains``); a step has 32 rollouts,
+few enough that their noise limits what is learnt. Arms are uniform groups, DAPO's dynamic sampling (resample until
+enough groups vary, every generated token counted), the published knapsack and ours over posteriors, whose budget is in
+tokens. Sampled accuracy on 500 unseen medium and hard questions is measured every so many steps, on 1,000 at the end,
+and smoothed over three; tokens are all that the rollouts generated until an arm's curve first reaches the accuracy at
+which the uniform arm of its seed ended (all of its own, where it never did). The learning rate is constant, so that an
+arm does not profit from where it stops.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import numpy as np
 from benchmarks.training_runs import Comparison, Run
 
 SEEDS = 5
-ROWS, PROMPTS, SAMPLES, STEPS, EVERY = 128, 16, 8, 64, 8
+ROWS, PROMPTS, SAMPLES, STEPS, EVERY = 128, 8, 4, 144, 18
 EPOCH = ROWS // PROMPTS  # steps
 SETTINGS = [
     "task=custom",
     "task._target_=benchmarks.mixed_chains.MixedChains",
     f"+task.size={ROWS}",
     f"batch.prompts={PROMPTS}",
+    f"budget.samples={SAMPLES}",
     f"steps={STEPS}",
-    "optimizer.learning_rate=1.5e-4",
+    "optimizer.learning_rate=2e-4",
     "optimizer.lr_scheduler_type=constant",
     "advantage.clip=5.0",
     f"evaluation.every={EVERY}",

@@ -161,7 +161,7 @@ def _exchanged(gains: Floats, counts: Ints, costs: Floats, total: float, low: in
         up = np.where(counts == 0, 2, 1)
         down = np.where(counts == 2, 2, 1) if low == 0 else np.ones(n, dtype=np.int64)
         can_grow, can_shrink = counts + up <= high, counts - down >= low
-        # The first of two rollouts adds nothing, so that a step of two is the second's gain: no sum swallows a small one.
+        # The first of two rollouts adds nothing: a step of two is the second's gain, and no sum swallows a small one.
         gain = np.where(can_grow, gains[at, np.minimum(counts + up, high) - 1], -np.inf)
         loss = np.where(can_shrink, gains[at, np.maximum(counts, 1) - 1], np.inf)
         by_cost = np.argsort(up * costs, kind="stable")
