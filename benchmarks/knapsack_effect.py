@@ -1,12 +1,12 @@
 """What budgets save: the same task, warm start and expected rollouts a step, real vLLM on CPU, paired by seed.
 
 A quarter each of the prompts is hopeless, hard, medium and trivial (``benchmarks.mixed_chains``); a step has 32
-rollouts, few enough that their noise limits what is learnt. Arms are uniform groups, DAPO's dynamic sampling (resample until
-enough groups vary, every generated token counted), the published knapsack and ours over posteriors, whose budget is in
-tokens. Sampled accuracy on 500 unseen medium and hard questions is measured every so many steps, on 1,000 at the end,
-and smoothed over three; tokens are all that the rollouts generated until an arm's curve first reaches the accuracy at
-which the uniform arm of its seed ended (all of its own, where it never did). The learning rate is constant, so that an
-arm does not profit from where it stops.
+rollouts, few enough that their noise limits what is learnt. Arms are uniform groups, DAPO's dynamic sampling (resample
+until enough groups vary, every generated token counted), the published knapsack and ours over posteriors, whose budget
+is in tokens. Sampled accuracy on 500 unseen medium and hard questions is measured every so many steps, on 1,000 at the
+end, and smoothed over three; tokens are all that the rollouts generated until an arm's curve first reaches the accuracy
+at which the uniform arm of its seed ended (all of its own, where it never did). The learning rate is constant, so that
+an arm does not profit from where it stops.
 """
 
 from __future__ import annotations
