@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rollout.episode import Episode, Sequence, Status
 from rollout.errors import UserError
-from training.advantages import Group, Rloo, group_relative, rloo
+from training.advantages import Decoupled, Group, Rloo, group_relative, rloo
 
 REWARDS = st.floats(-1e6, 1e6).map(lambda x: round(x, 6))
 PAIRS = st.lists(st.tuples(REWARDS, st.sampled_from("abc")), min_size=1, max_size=20)
@@ -140,3 +140,34 @@ def test_a_group_is_compared_only_when_all_its_members_have_ended(member):
     late.status = Status.UNFINISHED
     with pytest.raises(ValueError, match="prompt p: an unfinished episode has no reward; hand in a group when all"):
         member([episode("a", 1.0, 3), late])
+
+
+PARTS = st.lists(st.tuples(REWARDS, REWARDS, st.sampled_from("abc")), min_size=1, max_size=12)
+
+
+@given(PARTS, st.floats(0.1, 5))
+def test_decoupled_is_the_formula_part_by_part(rows, scale):
+    episodes = []
+    for number, (task, extra, group) in enumerate(rows):
+        sequence = Sequence.open([1])
+        sequence.append_own([2, 2], [0.0, 0.0], [0, 0])
+        rewards = {"task": task} | ({"extra": extra} if extra else {})  # a part that is not there is 0
+        episodes.append(Episode(f"q{group}", group, number, sequences=[sequence], rewards=rewards))
+    tasks, extras = (loop([(row[i], row[2]) for row in rows]) for i in (0, 1))
+    expected = [a + scale * b for a, b in zip(tasks, extras, strict=True)]
+    got = [estimate.advantages[0] for estimate in Decoupled(scales={"extra": scale})(episodes)]
+    np.testing.assert_allclose([values[0] for values in got], expected, rtol=1e-6, atol=1e-6)
+    assert all(values[0] == values[1] for values in got)
+    clipped = [e.advantages[0][0] for e in Decoupled(clip=0.5, scales={"extra": scale})(episodes)]
+    assert all(abs(value) <= 0.5 * (1 + scale) + 1e-9 for value in clipped)
+
+
+def test_one_part_decoupled_is_a_group():
+    rewards, groups = [1.0, 0.0, 0.5, 2.0, 2.0], ["a", "a", "a", "b", "b"]
+    episodes = []
+    for number, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
+        sequence = Sequence.open([1])
+        sequence.append_own([2], [0.0], [0])
+        episodes.append(Episode(group, group, number, sequences=[sequence], rewards={"task": reward}))
+    one, other = (member(episodes) for member in (Decoupled(), Group()))
+    assert [e.advantages[0].tolist() for e in one] == [e.advantages[0].tolist() for e in other]
