@@ -24,8 +24,8 @@ import torch
 from benchmarks.report import Report
 from rollout.episode import Episode, Sequence
 from training import corrections, losses
-from training.advantages import Group
 from training.aggregation import Aggregation, token_weights
+from training.estimates import Group
 from training.head import attach_head, token_logprobs
 from training.objective import means, policy_objective, reduce
 from training.packing import MicroBatch, TrainSequence, pack, unpack

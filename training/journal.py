@@ -11,7 +11,7 @@ import numpy as np
 
 from rollout.buffer import Group
 from rollout.episode import Episode
-from training.advantages import Estimate
+from training.estimates import Estimate
 
 
 class Journal:

@@ -120,7 +120,7 @@ class BayesKnapsackConfig(AdaptiveConfig):
 class GroupConfig:
     """GRPO: rewards relative to the group's mean, over its standard deviation if ``normalize``."""
 
-    _target_: str = "training.advantages.Group"
+    _target_: str = "training.estimates.Group"
     normalize: bool = True
     clip: float | None = None
 
@@ -132,7 +132,7 @@ class DecoupledConfig:
     A penalty then keeps its size whatever else varies; ``group`` erases it where nothing else does.
     """
 
-    _target_: str = "training.advantages.Decoupled"
+    _target_: str = "training.estimates.Decoupled"
     clip: float | None = None
 
 
@@ -140,14 +140,14 @@ class DecoupledConfig:
 class RlooConfig:
     """Rewards relative to the mean of the other members."""
 
-    _target_: str = "training.advantages.Rloo"
+    _target_: str = "training.estimates.Rloo"
 
 
 @dataclass
 class GaeConfig:
     """PPO: a value model's expectation, over whole episodes; the value model's targets have a lambda of their own."""
 
-    _target_: str = "training.advantages.Gae"
+    _target_: str = "training.estimates.Gae"
     gamma: float = 1.0
     lam: float = 0.95
     lam_value: float = 1.0
@@ -158,7 +158,7 @@ class GaeConfig:
 class EgaeConfig:
     """T-PPO's extended GAE: also of episodes that a window has cut."""
 
-    _target_: str = "training.advantages.Egae"
+    _target_: str = "training.estimates.Egae"
     gamma: float = 1.0
     lam: float = 0.95
     whiten: bool = True

@@ -16,8 +16,8 @@ from rollout.reasoning import forced_modes, maybe_told
 from rollout.runner import Job, Runner
 from rollout.speaker import Policy
 from rollout.window import Window
-from training.advantages import Advantage
 from training.budgets import Budget
+from training.estimates import Advantage
 from training.prompts import PromptOrder
 from training.rewards import Reward
 from training.selection import Selection

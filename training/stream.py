@@ -14,8 +14,8 @@ import torch
 
 from rollout.buffer import Group
 from rollout.episode import Episode, Sequence
-from training.advantages import Estimate
 from training.aggregation import token_weights
+from training.estimates import Estimate
 from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack, unpack
 from training.rewards import Remembers

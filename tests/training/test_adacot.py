@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rollout.chat import parse_text
 from rollout.episode import Episode, Sequence
-from training.advantages import Decoupled, Group
+from training.estimates import Decoupled, Group
 from training.rewards.adacot import AdaCot, decision_mask, shaped_reward
 from training.rewards.otc import Otc
 from training.rewards.otc_adacot import OtcAdaCot

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rollout.episode import Episode, Sequence, Status
 from rollout.errors import UserError
-from training.advantages import Decoupled, Group, Rloo, group_relative, rloo
+from training.advantages import group_relative, rloo
+from training.estimates import Decoupled, Group, Rloo
 
 REWARDS = st.floats(-1e6, 1e6).map(lambda x: round(x, 6))
 PAIRS = st.lists(st.tuples(REWARDS, st.sampled_from("abc")), min_size=1, max_size=20)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rollout.episode import Episode, Sequence, Status
 from rollout.errors import UserError
-from training.advantages import Egae, Gae, egae, gae
+from training.advantages import egae, gae
+from training.estimates import Egae, Gae
 
 NUMBERS = st.floats(-100, 100).map(lambda x: round(x, 6))
 PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=30)

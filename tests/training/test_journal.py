@@ -10,7 +10,7 @@ import numpy as np
 from rollout.buffer import Group
 from rollout.episode import Episode, ToolCall, ToolResult, Turn
 from rollout.plots import read_jsonl
-from training.advantages import Estimate
+from training.estimates import Estimate
 from training.journal import Journal
 
 

@@ -33,8 +33,8 @@ from rollout.weights import named_weights
 from rollout.window import Ended, Window
 from tests.rollout import taught
 from tests.rollout.clockwork import Rig, calls, rig, words
-from training.advantages import Egae, Group
 from training.budgets import Uniform
+from training.estimates import Egae, Group
 from training.members import ValueModelConfig
 from training.packing import MicroBatch
 from training.prompts import PromptOrder

@@ -23,8 +23,8 @@ from rollout.episode import Episode, Sequence, ToolResult, Turn
 from rollout.runner import Runner
 from rollout.tasks import ToolEnvironment
 from rollout.tools import Tool
-from training.advantages import Group, Rloo
 from training.budgets import BayesKnapsack, Knapsack, Uniform
+from training.estimates import Group, Rloo
 from training.packing import unpack
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
