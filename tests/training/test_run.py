@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     assert questions[0] == questions[1] and len(questions[0]) == 10, "two steps can be compared question by question"
 
 
+LUCKY = "tests.training.launch.Lucky"
 EXACT = ["correction=tis", "anchor=recomputed"]
 WAYS = {
     "ppo": ["algorithm=ppo", "batch.minibatches=2", "batch.epochs=2"],
@@ -96,10 +97,17 @@ WAYS = {
         "window.length=5",
         *EXACT,
     ],
-    "economy of calls": ["reward=otc", "advantage.normalize=false", "reward.least_successes=2"],
-    "economy in windows": ["algorithm=tppo", "window.length=5", "reward=otc_adacot", "reward.adacot.labels=self"],
+    "economy of calls": ["reward=otc", f"reward._target_={LUCKY}Otc", "advantage.normalize=false"],
+    "economy in windows": [
+        "algorithm=tppo",
+        "window.length=5",
+        "reward=otc_adacot",
+        f"reward.otc._target_={LUCKY}Otc",
+        "reward.adacot.labels=self",
+    ],
     "when to think": [
         "reward=adacot",
+        f"reward._target_={LUCKY}AdaCot",
         "reward.labels=self",
         "reward.mask_decision=true",
         "advantage=decoupled",
@@ -113,8 +121,10 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: Path) -> None:
     critic = ["critic.warmup_rounds=2", "critic.optimizer.learning_rate=0.01"] if "algorithm" in WAYS[way][0] else []
+    own_reward = any(setting.startswith("reward=") for setting in WAYS[way])
+    small = [setting for setting in SMALL if not (own_reward and setting.startswith("reward."))]
     # Groups of two, so that a group may end in two windows.
-    settings = [*SMALL, *WAYS[way], *critic, "budget.samples=2", "checkpoint.every=2", f"run_dir={tmp_path / 'run'}"]
+    settings = [*small, *WAYS[way], *critic, "budget.samples=2", "checkpoint.every=2", f"run_dir={tmp_path / 'run'}"]
     for steps in (4, 8):
         code, text = run([*settings, f"steps={steps}", f"resume={str(steps > 4).lower()}"], tmp_path / "log")
         assert code == 0, text[-3000:]
