@@ -1,11 +1,12 @@
 """What AdaCoT saves, and what masking the decision prevents: sums of one and three digits, real vLLM (CPU), paired.
 
 The oracle thinks exactly where the warm start's direct answer is right with p < 0.5; savings of thinking tokens are
-counted from the arm that learns the task's reward. The warm start, unlike the paper's, thinks about every second
-question whatever its length. The skewed stage goes on from the arm with true labels, on questions that all need
-thought and with the task's reward alone, with and without Selective Loss Masking; trigger accuracy is then the mean of
-both classes on unseen questions of both. Labels of its own come from rollouts that were forced not to think. A tenth
-each of the prompts asks, by its system prompt, to think or not to; who obeys is measured on 500 questions each.
+counted from the arm that learns the task's reward, short and long sums alike. The warm start, unlike the paper's,
+thinks about every second question whatever its length. The skewed stage goes on from the arm with true labels, on
+questions that all need thought and with the task's reward alone, with and without Selective Loss Masking; trigger
+accuracy is then the mean of both classes on unseen questions of both. Labels of its own come from rollouts that were
+forced not to think. A tenth each of the prompts asks, by its system prompt, to think or not to; who obeys is measured
+on 500 questions each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from benchmarks.outcomes import (
     Outcome,
     accuracy_difference_low,
+    by_class,
     direct_answers,
     evaluated,
     last_checkpoint,
@@ -129,12 +131,12 @@ def main() -> None:
     difficulty = {question: outcome["difficulty"] for question, outcome in first.items()}
 
     def tokens(found: dict[str, Outcome]) -> float:
-        return float(np.mean([thinking_tokens(outcome, direct[q][1]) for q, outcome in found.items()]))
+        return by_class(found, lambda question, outcome: thinking_tokens(outcome, direct[question][1]))
 
     thoughts = [(difficulty[q], thinking_tokens(o, direct[q][1])) for f in played["task"] for q, o in f.items()]
     price = {d: float(np.mean([n for each, n in thoughts if each == d and n] or [0.0])) for d in ("1", "3")}
     base = report.figure("task_thinking_tokens", float(np.mean([tokens(found) for found in played["task"]])))
-    oracle = float(np.mean([price[difficulty[q]] * (direct[q][0] < 0.5) for q in difficulty]))
+    oracle = by_class(first, lambda question, o: price[o["difficulty"]] * (direct[question][0] < 0.5))
     report.figure("oracle_thinking_tokens", oracle)
     report.figure("warm_start_trigger_accuracy", trigger_accuracy(first))
     rows = [("warm start", mean(first, "accuracy"), "", trigger_accuracy(first), tokens(first), "")]

@@ -1,8 +1,8 @@
 """What OTC saves: tool calls of OTC's two forms against the task's reward, arithmetic on real vLLM (CPU), paired.
 
 The oracle calls exactly where the warm start's direct answer is right with p < 0.5; both savings are counted from the
-arm that learns the task's reward, from the same warm start. The additive reward is the paper's negative control. The
-warm start can call the tool perfectly: what RL moves is the choice.
+arm that learns the task's reward, from the same warm start, one, two and three digits alike. The additive reward is the
+paper's negative control. The warm start can call the tool perfectly: what RL moves is the choice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.outcomes import Outcome, accuracy_difference_low, direct_answers, mean, outcomes
+from benchmarks.outcomes import Outcome, accuracy_difference_low, by_class, direct_answers, mean, outcomes
 from benchmarks.training_runs import Comparison
 from rollout.tasks.arithmetic import Arithmetic
 
@@ -27,6 +27,10 @@ ARMS = {
 }
 FORMS = ("otc, grpo form", "otc, ppo form")
 QUICK = ["steps=2", "batch.prompts=4", "evaluation.questions=40"]
+
+
+def calls_of(found: dict[str, Outcome]) -> float:
+    return by_class(found, lambda question, outcome: outcome["tool_calls"])
 
 
 def draw(path: Path, played: dict[str, list[dict[str, Outcome]]], oracle: dict[str, float]) -> None:
@@ -63,11 +67,11 @@ def main() -> None:
     difficulty = {question: o["difficulty"] for question, o in played["task"][0].items()}
     needed = {question: float(direct[question][0] < 0.5) for question in difficulty}
     oracle = {d: float(np.mean([n for q, n in needed.items() if difficulty[q] == d] or [0.0])) for d in "123"}
-    oracle_calls = report.figure("oracle_calls", float(np.mean([*needed.values()])))
+    oracle_calls = report.figure("oracle_calls", float(np.mean([*oracle.values()])))
     rows = []
-    base = float(np.mean([mean(found, "tool_calls") for found in played["task"]]))
+    base = float(np.mean([calls_of(found) for found in played["task"]]))
     for name, runs in played.items():
-        calls = float(np.mean([mean(found, "tool_calls") for found in runs]))
+        calls = float(np.mean([calls_of(found) for found in runs]))
         accuracy = float(np.mean([mean(found, "accuracy") for found in runs]))
         low = accuracy_difference_low(runs, played["task"])
         saved = (base - calls) / max(base - oracle_calls, 1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ def outcomes(run: Path) -> dict[str, Outcome]:
 def mean(found: dict[str, Outcome], measure: str, difficulty: str | None = None) -> float:
     """Over the questions, or those of a difficulty."""
     return float(np.mean([o[measure] for o in found.values() if difficulty in (None, o["difficulty"])]))
+
+
+def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) -> float:
+    """Mean over the difficulties' means: each counts alike, however many unseen questions there are of it."""
+    parts: dict[str, list[float]] = {}
+    for question, outcome in found.items():
+        parts.setdefault(outcome["difficulty"], []).append(value(question, outcome))
+    return float(np.mean([np.mean(part) for part in parts.values()]))
 
 
 def last_checkpoint(run: Path) -> Path:
