@@ -22,7 +22,7 @@ from rollout.environment import Row
 from rollout.episode import Episode
 from training.budgets import BayesKnapsack, Budget, Knapsack, Uniform
 
-SEEDS = 5
+SEEDS = 3
 ETA, TRANSFER = 0.5, 0.5
 MAX_ROUNDS = 4  # of dynamic sampling
 
