@@ -49,7 +49,7 @@ def main() -> None:
     for name, mode in (("warm start", "auto"), ("always thinks", "always")):
         evaluated(start, [*EVALUATION, *few, f"reasoning={mode}"], mode)
         points.append((name, json.loads((start / mode / "evaluation.json").read_text())))
-    runs = {"task's reward": ["reward=task", "advantage.normalize=false"]}
+    runs = {"task reward": ["reward=task", "advantage.normalize=false"]}
     for values in itertools.product(*GRID.values()):
         chosen = dict(zip(GRID, values, strict=True))
         label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items())
@@ -71,13 +71,13 @@ def main() -> None:
     report.table("arithmetic with a calculator, unseen questions sampled, one seed", columns, rows)
     report.figure("points", len(swept))
     for name, point in others:
-        key = name.replace(" ", "_").replace("'", "")
+        key = name.replace(" ", "_")
         beaten = [cost for cost in COSTS if any(beats(p["sampled"], point["sampled"], cost) for _, p in swept)]
         report.figure(f"{key}_beaten_in", len(beaten))
     if not quick:
         report.bar("points", ">=", 6)
         for name, _ in others:
-            report.bar(f"{name.replace(' ', '_').replace(chr(39), '')}_beaten_in", ">=", 2)
+            report.bar(f"{name.replace(' ', '_')}_beaten_in", ">=", 2)
     comparison.finish(lambda path: plot_pareto(points, path))
 
 
