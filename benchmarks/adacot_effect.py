@@ -22,11 +22,11 @@ from benchmarks.outcomes import (
     by_class,
     direct_answers,
     evaluated,
-    last_checkpoint,
     mean,
     outcomes,
 )
-from benchmarks.training_runs import Comparison
+from benchmarks.report import figure_name
+from benchmarks.training_runs import Comparison, last_checkpoint
 from rollout.episode import Episode
 from rollout.tasks.arithmetic import Arithmetic
 from training.rewards.adacot import AdaCot
@@ -141,7 +141,7 @@ def main() -> None:
     report.figure("warm_start_trigger_accuracy", trigger_accuracy(first))
     rows = [("warm start", mean(first, "accuracy"), "", trigger_accuracy(first), tokens(first), "")]
     for name, runs in played.items():
-        key = name.replace(", ", "_").replace(" ", "_")
+        key = figure_name(name)
         accuracy = report.figure(f"{key}_accuracy", float(np.mean([mean(found, "accuracy") for found in runs])))
         trigger = report.figure(f"{key}_trigger_accuracy", float(np.mean([*map(trigger_accuracy, runs)])))
         spent = float(np.mean([*map(tokens, runs)]))

@@ -10,14 +10,13 @@ stale as epochs are long; what a real model would do is another question (``benc
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import Report
+from benchmarks.report import Report, figure_name
 from rollout.environment import Row
 from rollout.episode import Episode
 from training.budgets import BayesKnapsack, Budget, Knapsack, Uniform
@@ -164,7 +163,7 @@ def main() -> None:
             start = float(np.mean([World(population, seed).rates.mean() for seed in range(seeds)]))
             reached = np.flatnonzero(curves[arm] >= curves["uniform"][-1])
             ratio = float(np.mean([effective for _, effective, _ in runs]))
-            key = "_".join(re.findall(r"\w+", f"{population.name} {arm}"))
+            key = figure_name(f"{population.name} {arm}")
             report.figure(f"{key}_gain", float(curves[arm][-1]) - start)
             report.figure(f"{key}_effective", ratio)
             share = "never"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.outcomes import Outcome, accuracy_difference_low, by_class, direct_answers, mean, outcomes
+from benchmarks.report import figure_name
 from benchmarks.training_runs import Comparison
 from rollout.tasks.arithmetic import Arithmetic
 
@@ -77,7 +78,7 @@ def main() -> None:
         saved = (base - calls) / max(base - oracle_calls, 1e-9)
         by_digits = " ".join(f"{np.mean([mean(found, 'tool_calls', d) for found in runs]):.2f}" for d in "123")
         rows.append((name, accuracy, low, calls, by_digits, saved, accuracy / calls if calls else float("inf")))
-        key = name.replace(", ", "_").replace(" ", "_")
+        key = figure_name(name)
         for figure, value in (("accuracy", accuracy), ("calls", calls), ("productivity", accuracy / max(calls, 1e-9))):
             report.figure(f"{key}_{figure}", value)
         if name != "task":
@@ -91,7 +92,7 @@ def main() -> None:
     )
     if not quick:
         for name in FORMS:
-            key = name.replace(", ", "_").replace(" ", "_")
+            key = figure_name(name)
             report.bar(f"{key}_saving_of_oracle", ">=", 0.8)
             report.bar(f"{key}_accuracy_difference_low", ">", -0.02)
     comparison.finish(lambda path: draw(path, played, oracle))

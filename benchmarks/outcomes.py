@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.training_runs import last_checkpoint
 from rollout.plots import read_jsonl
 
 Outcome = dict[str, Any]
-TAGS = ("<think>", "</think>")  # of an empty block, a token each
 
 
 def outcomes(run: Path) -> dict[str, Outcome]:
@@ -35,10 +35,6 @@ def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) 
     for question, outcome in found.items():
         parts.setdefault(outcome["difficulty"], []).append(value(question, outcome))
     return float(np.mean([np.mean(part) for part in parts.values()]))
-
-
-def last_checkpoint(run: Path) -> Path:
-    return max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def evaluated(run: Path, overrides: Sequence[str], name: str) -> dict[str, Outcome]:
@@ -75,7 +71,7 @@ def direct_answers(checkpoint: Path, task: Any) -> dict[str, tuple[float, int]]:
 
     Direct: an empty think block and no tool call; the right answer is the plain gold text. Exact, by scoring it.
     """
-    from rollout.chat import Chat
+    from rollout.chat import THINK, THINK_END, Chat
     from rollout.weights import model_logprobs
     from training.models import load_policy
 
@@ -88,5 +84,5 @@ def direct_answers(checkpoint: Path, task: Any) -> dict[str, tuple[float, int]]:
         answer = [*chat.encode(str(row.answer)), chat.end_of_turn_id]
         right, calls = model_logprobs(model, [prompt + answer, prompt + call])
         probability = math.exp(sum(right[-len(answer) :])) / max(1 - math.exp(calls[-1]), 1e-9)
-        found[row.id] = probability, len(answer) + len(TAGS)
+        found[row.id] = probability, len(answer) + len((THINK, THINK_END))  # an empty block takes a token a tag
     return found

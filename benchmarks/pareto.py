@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from benchmarks.outcomes import evaluated
+from benchmarks.report import figure_name
 from benchmarks.training_runs import Comparison, Run
 from rollout.plots import COSTS, pareto_front, plot_pareto
 
@@ -71,13 +72,13 @@ def main() -> None:
     report.table("arithmetic with a calculator, unseen questions sampled, one seed", columns, rows)
     report.figure("points", len(swept))
     for name, point in others:
-        key = name.replace(" ", "_")
+        key = figure_name(name)
         beaten = [cost for cost in COSTS if any(beats(p["sampled"], point["sampled"], cost) for _, p in swept)]
         report.figure(f"{key}_beaten_in", len(beaten))
     if not quick:
         report.bar("points", ">=", 6)
         for name, _ in others:
-            report.bar(f"{name.replace(' ', '_')}_beaten_in", ">=", 2)
+            report.bar(f"{figure_name(name)}_beaten_in", ">=", 2)
     comparison.finish(lambda path: plot_pareto(points, path))
 
 

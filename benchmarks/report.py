@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,11 @@ def machine() -> str:
     text = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
     torch = sys.modules.get("torch")
     return text + f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_available() else text + ", no GPU"
+
+
+def figure_name(text: str) -> str:
+    """A label for people as part of a figure's name: its words, joined by underscores."""
+    return "_".join(re.findall(r"\w+", text))
 
 
 class Report:

@@ -28,6 +28,15 @@ def train(folder: Path, experiment: str, overrides: list[str], *, timeout_s: flo
     return folder
 
 
+def last_checkpoint(run: Path) -> Path:
+    """The newest of a finished run, which has one."""
+    from training.checkpoint import latest  # imports torch, which most of a benchmark's life does without
+
+    found = latest(run / "checkpoints")
+    assert found is not None
+    return found
+
+
 class Comparison:
     """A benchmark that compares training runs of one experiment from one warm start: flags, report and runs.
 
