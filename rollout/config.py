@@ -134,6 +134,7 @@ class ArithmeticConfig:
     operators: str = "+-*"
     mix: dict[str, float] = field(default_factory=lambda: {"1": 0.2, "2": 0.4, "3": 0.4})  # share of each difficulty
     use_tool: bool = True
+    demonstration_mix: dict[str, float] | None = None  # share of each difficulty, of those in mix; None: the study's
     thinking: float | None = None  # share of demonstrations that think, of those without a tool; None: the study's
     told: float = 0.0  # share of them whose system prompt asks to think, or not to
 
@@ -151,6 +152,12 @@ class ArithmeticConfig:
             set(self.mix) <= {"1", "2", "3"} and sum(self.mix.values()) > 0,
             "task.mix",
             f"{dict(self.mix)} must give shares for difficulties 1, 2, 3",
+        )
+        shown = self.demonstration_mix
+        require(
+            shown is None or sum(shown.get(d, 0.0) for d, share in self.mix.items() if share > 0) > 0,
+            "task.demonstration_mix",
+            f"{shown} must give a share to a difficulty of task.mix={dict(self.mix)}",
         )
 
 

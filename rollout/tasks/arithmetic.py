@@ -79,6 +79,7 @@ def steps(a: int, op: str, b: int) -> str:
 class Arithmetic:
     """``mix`` gives each difficulty's share of the rows. One-digit texts run out, then the others fill the set.
 
+    ``demonstration_mix`` gives each difficulty's share of the demonstrations, of those in ``mix`` (None: the study's).
     Of demonstrations without a tool, ``thinking`` is the share that thinks (None: the study's), ``told`` that of a
     system prompt which asks for what they show.
     """
@@ -93,6 +94,7 @@ class Arithmetic:
         operators: str = "+-*",
         mix: dict[str, float] | None = None,
         use_tool: bool = True,
+        demonstration_mix: dict[str, float] | None = None,
         thinking: float | None = None,
         told: float = 0.0,
     ) -> None:
@@ -103,6 +105,7 @@ class Arithmetic:
         mix = {"1": 0.2, "2": 0.4, "3": 0.4} if mix is None else mix
         self._mix = {difficulty: share for difficulty, share in sorted(mix.items()) if share > 0}
         self._tools = [calculator] if use_tool else []
+        self._demonstration_mix = SHARES if demonstration_mix is None else demonstration_mix
         self._thinking, self._told = thinking, told
         self._rows: dict[str, list[Row]] = {}
 
@@ -164,8 +167,9 @@ class Arithmetic:
         """Direct, thinking and tool demonstrations of training questions, in the shares of the small-scale study."""
         rng = Random(f"demonstrations {seed}")
         difficulties = list(self._mix)
+        shares = [self._demonstration_mix.get(difficulty, 0.0) for difficulty in difficulties]
         for _ in range(n):
-            difficulty = rng.choices(difficulties, [SHARES[d] for d in difficulties])[0]
+            difficulty = rng.choices(difficulties, shares)[0]
             styles = {s: p for s, p in STYLES[difficulty].items() if self._tools or s != "tool"}
             if self._thinking is not None:
                 free = styles["direct"] + styles["think"]
