@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rollout.display import console
+from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, run_dir, to_object
 from training import config
 
@@ -17,14 +21,22 @@ START = time.monotonic()  # imports count in what a run takes
 config.register()
 
 
+def rank_of_environment() -> int:
+    """The rank that torchrun or ``accelerate launch`` gave this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="training")
 @guarded
 def run(composed: DictConfig) -> float | None:
     """One training run; gives the accuracy after it, which is what sweepers and launchers read."""
     cfg: config.TrainingConfig = to_object(composed)
     cfg.check()
+    if HydraConfig.get().mode == RunMode.MULTIRUN and "WORLD_SIZE" in os.environ:
+        raise UserError("--multirun starts runs of one process each; give each run of several a torchrun of its own")
     for note in cfg.notes():
-        console.print(f"note: {note}", highlight=False)
+        if rank_of_environment() == 0:
+            console.print(f"note: {note}", highlight=False)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     if cfg.threads is not None:  # before torch reads it
         os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
@@ -43,6 +55,8 @@ def run(composed: DictConfig) -> float | None:
 
 
 def main() -> None:
+    if rank_of_environment() > 0:
+        sys.argv.append("hydra.run.dir=.")  # the run's directory is rank 0's to make
     run_command(run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import os
@@ -32,8 +33,12 @@ from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, Trunca
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
+from training.ranks import Ranks
 from training.rollouts import Axes, CompleteRollouts, Rollouts, Source, TruncatedRollouts
+from training.settings import BatchConfig
+from training.sharding import is_sharded
 from training.stream import RolloutStream
+from training.together import Together
 from training.trainer import Objective, RolloutTrainer
 
 if TYPE_CHECKING:
@@ -147,10 +152,13 @@ def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
 
 
 class EngineSync:
-    """Brings the engine to the trainer's weights, at most once a version, through the gate."""
+    """Brings the engine to the trainer's weights, at most once a version, through the gate.
+
+    ``runner`` and ``engine`` are None on all ranks but the first: those help to make sharded weights whole.
+    """
 
     def __init__(
-        self, cfg: TrainingConfig, runner: Runner, engine: Engine, model: Any, probe_ids: list[list[int]]
+        self, cfg: TrainingConfig, runner: Runner | None, engine: Engine | None, model: Any, probe_ids: list[list[int]]
     ) -> None:
         bound = cfg.probe.bound
         if bound is None:  # the coarser of the two dtypes decides
@@ -162,7 +170,11 @@ class EngineSync:
         self._synced: int | None = None
 
     def __call__(self, version: int) -> int:
-        if self._synced != version:
+        if self._synced != version and self.runner is None:
+            if is_sharded(self.model):
+                collections.deque(merged_weights(self.model), maxlen=0)
+                model_logprobs(base_model(self.model), self.probe.ids)
+        elif self._synced != version:
             parts = sync(
                 self.engine,
                 merged_weights(self.model),
@@ -171,7 +183,7 @@ class EngineSync:
                 trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
             )
             self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
-            self._synced = version
+        self._synced = version
         return version
 
     def forget(self) -> None:
@@ -225,13 +237,28 @@ def training_arguments(cfg: TrainingConfig, run_dir: Path) -> Any:
         "ignore_data_skip": True,
         "seed": cfg.seed,
         "data_seed": cfg.seed,
-        "use_cpu": not torch.cuda.is_available(),
+        # accelerate knows no DeepSpeed on what it calls CPUs
+        "use_cpu": not torch.cuda.is_available() and "deepspeed" not in cfg.trainer,
         "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": int(cfg.process_timeout_s),
         "bf16": False,
         "gradient_checkpointing": torch.cuda.is_available(),
         "report_to": ["tensorboard"],
     }
+    if "deepspeed" in cfg.trainer and not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        join_deepspeed_on_cpu()
+        fixed["accelerator_config"] = {"use_configured_state": True}
     return TrainingArguments(**{**fixed, **asdict(cfg.optimizer), **cfg.trainer})
+
+
+def join_deepspeed_on_cpu() -> None:
+    """accelerate counts one process where DeepSpeed runs on CPUs, unless it is told the backend."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(cpu=False, backend="gloo")
 
 
 def make_trainer(
@@ -241,6 +268,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerFast,
     reference: Callable[[MicroBatch], torch.Tensor] | None,
     callbacks: list[TrainerCallback],
+    ranks: Ranks,
 ) -> RolloutTrainer:
     """The trainer, its stream still to be set."""
     objective = Objective(
@@ -253,7 +281,7 @@ def make_trainer(
     )
     arguments = training_arguments(cfg, run_dir)
     return RolloutTrainer(
-        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks
+        model, arguments, tokenizer, objective, run_dir / "checkpoints", cfg.checkpoint.keep_last, callbacks, ranks
     )
 
 
@@ -282,17 +310,19 @@ def make_stream(
     engine_sync: EngineSync,
     log: journal.Journal,
     on_warm_up: Callable[[int, dict[str, float]], None],
+    together: Together,
+    batch: BatchConfig,
 ) -> RolloutStream:
-    """The stream that the trainer iterates over."""
+    """Rank 0's stream, whose steps are then dealt out."""
     return RolloutStream(
         rollouts,
-        cfg.batch if packs(trainer, cfg) else replace(cfg.batch, row_tokens=1),
+        batch,
         seed=cfg.seed,
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
-        sync=lambda: engine_sync(trainer.state.global_step),
-        anchor=trainer.logprobs if cfg.anchor.kind == "recomputed" else None,
-        critic=trainer.critic,
+        sync=lambda: together.sync(trainer.state.global_step),
+        anchor=together.anchor if cfg.anchor.kind == "recomputed" else None,
+        critic=None if trainer.critic is None else together,
         on_round=lambda groups, estimates: log.write_episodes(
             trainer.state.global_step + 1, groups, estimates, cfg.episodes_logged
         ),
@@ -300,7 +330,23 @@ def make_stream(
         engine_steps=engine_steps(engine_sync),
         keep_zero=cfg.kl.coef != 0,
         think_id=decision_after(rollouts.source),
+        processes=trainer.ranks.size,
     )
+
+
+def make_batch(cfg: TrainingConfig, policy_packs: bool, critic: Critic | None) -> BatchConfig:
+    """Who does not keep packed sequences apart is trained on one sequence a row; every rank must ask."""
+    packs = policy_packs and (critic is None or critic.respects_boundaries(_probe_rows(cfg)))
+    return cfg.batch if packs else replace(cfg.batch, row_tokens=1)
+
+
+def packs(cfg: TrainingConfig, model: Any) -> bool:
+    """Whether the policy keeps packed sequences apart; asked before a trainer wraps it."""
+    return respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=_probe_rows(cfg))
+
+
+def _probe_rows(cfg: TrainingConfig) -> int:
+    return 2 if cfg.batch.row_tokens is not None else 1
 
 
 def decision_after(source: Source) -> int | None:
@@ -319,10 +365,3 @@ def engine_steps(engine_sync: EngineSync) -> Callable[[], int] | None:
         return engine_sync.runner.call(engine_sync.engine.stats(), engine_sync.timeout_s, "the engine's statistics")
 
     return (lambda: int(stats()["steps"])) if "steps" in stats() else None
-
-
-def packs(trainer: RolloutTrainer, cfg: TrainingConfig) -> bool:
-    """Whether policy and critic keep packed sequences apart; who does not is trained on one sequence a row."""
-    model, rows = trainer.model, 2 if cfg.batch.row_tokens is not None else 1
-    policy = respects_boundaries(model, base_model(model).config.get_text_config().vocab_size, rows=rows)
-    return policy and (trainer.critic is None or trainer.critic.respects_boundaries(rows))

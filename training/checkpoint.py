@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -69,13 +71,18 @@ def written_whole(target: Path) -> Iterator[Path]:
         scratch.rename(target)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, RuntimeError) and "write" not in str(error):  # torch reports a full disk so
-            raise
-        text = str(error).partition("\n")[0]
-        raise UserError(f"cannot write {target}: {text}; free disk space, then resume=true goes on") from error
+        raise UserError(unwritten(target, error)) from error
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def unwritten(target: Path, error: Exception) -> str:
+    """The one line for what kept ``target`` from being written; an error that is none of writing is raised again."""
+    if isinstance(error, RuntimeError) and "write" not in str(error):  # torch reports a full disk so
+        raise error
+    text = str(error).partition("\n")[0]
+    return f"cannot write {target}: {text}; free disk space, then resume=true goes on"
 
 
 @contextlib.contextmanager
@@ -90,15 +97,22 @@ def writing(checkpoints: Path, step: int, keep_last: int) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The policy as ``from_pretrained`` and ``vllm serve`` load it. LoRA: merged, with the adapter in ``adapter/``."""
-    from training.lora import base_model, merged_weights
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """The policy as ``from_pretrained`` and ``vllm serve`` load it. LoRA: merged, with the adapter in ``adapter/``.
 
-    weights = {name: tensor.contiguous() for name, tensor in merged_weights(model)}
+    Every process must ask where the weights are sharded; those that give no ``folder`` only help to make them whole.
+    """
+    from training.lora import adapter_weights, base_model, merged_weights
+
+    merged, adapter = merged_weights(model), adapter_weights(model)
+    if folder is None:
+        collections.deque(itertools.chain(merged, adapter), maxlen=0)
+        return
+    weights = {name: tensor.to("cpu").contiguous() for name, tensor in merged}
     base_model(model).save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if base_model(model) is not model:
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(folder / "adapter", state_dict=dict(adapter))
 
 
 def _flush(folder: Path) -> None:

@@ -66,6 +66,7 @@ class TrainingConfig:
     overwrite: bool = False
     dry_run: bool = False
     threads: int | None = None  # torch threads; None: torch's own choice
+    process_timeout_s: float = 7200.0  # how long one training process waits for another, rollouts and evaluations too
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: Any = None
     task: Any = MISSING
@@ -136,6 +137,7 @@ class TrainingConfig:
             "model.dtype",
             "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
         )
+        require(self.process_timeout_s > 0, "process_timeout_s", f"{self.process_timeout_s} must be above 0")
         self._check_critic()
         self._check_window()
         self.scheduler.check(self.engine)

@@ -17,7 +17,8 @@ from training.losses import value_loss
 from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack
 from training.settings import OptimizerConfig
-from training.values import HeadlessProbe, check_tokenizer, load_value_model, whole_weights
+from training.sharding import whole_weights
+from training.values import HeadlessProbe, check_tokenizer, load_value_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -126,7 +127,7 @@ class Critic:
     def save(self, folder: Path) -> None:
         """``folder/critic``: what ``AutoModelForTokenClassification`` loads, with optimizer and schedule beside it."""
         target = folder / FOLDER
-        weights = whole_weights(self.model)
+        weights = {name: value.to("cpu", copy=True) for name, value in whole_weights(self.model)}
         if self.is_deepspeed:
             self.wrapped.save_checkpoint(str(target / "deepspeed"), tag="state", client_state={"steps": self.steps})
         if not self.accelerator.is_main_process:

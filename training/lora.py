@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rollout.weights import named_weights
 from training.settings import LoraConfig
+from training.sharding import gathered, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,21 +41,34 @@ def base_model(model: Any) -> PreTrainedModel:
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once, under transformers' names, adapters added in. The model itself is left alone.
 
-    Merging in place and back would leave a rounding error in the frozen weights at every sync.
+    Merging in place and back would leave a rounding error in the frozen weights at every sync. What other processes
+    hold a part of is made whole, one weight after the other: they must all ask.
     """
     base = base_model(model)
-    if base is model:
-        yield from named_weights(model)
-        return
-    from peft.tuners.lora import LoraLayer
+    adapted = {}
+    if base is not model:
+        from peft.tuners.lora import LoraLayer
 
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, parameter in base.named_parameters():
+        adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in base.named_parameters():  # yields shared tensors once: a tied head is left out
         if ".lora_" in name or "lora_embedding" in name:
             continue
         module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if ".base_layer." in name else None
-        value = parameter.detach()
-        if module is not None and name.endswith(".weight"):
-            for adapter in module.active_adapters:
-                value = value + module.get_delta_weight(adapter).to(value.dtype)
-        yield name.replace(".base_layer.", "."), value
+        merges = module is not None and name.endswith(".weight")
+        with gathered([parameter, *(module.parameters() if merges else ())]):
+            value = whole(parameter)
+            if merges:
+                for adapter in module.active_adapters:
+                    value = value + module.get_delta_weight(adapter).to(value.dtype)
+            yield name.replace(".base_layer.", "."), value
+
+
+@torch.no_grad()
+def adapter_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapter's own weights, whole; none without one."""
+    if base_model(model) is model:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                yield name, whole(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -127,13 +128,20 @@ class MicroBatch:
 
 
 def pack(
-    sequences: Sequence[TrainSequence], *, max_tokens: int, row_tokens: int | None = None, pad_id: int
+    sequences: Sequence[TrainSequence],
+    *,
+    max_tokens: int,
+    row_tokens: int | None = None,
+    pad_id: int,
+    multiple: int = 1,
 ) -> list[MicroBatch]:
     """Pack into micro-batches of at most ``max_tokens`` positions, padding included; the same input packs the same way.
 
     Sequences go by first fit, longest first, into rows of at most ``row_tokens``; a longer one has a row to itself, so
     ``row_tokens=1`` packs nothing. Rows of like length share a micro-batch. Default: ``max_tokens``, one row a
     micro-batch, as variable-length attention wants it; under SDPA attention costs the square of the row.
+
+    ``multiple``: as many as that many processes need, of about as many positions each: ``deal`` gives each as much.
 
     Raises:
         ValueError: a sequence longer than ``max_tokens``, or two with one index.
@@ -156,13 +164,18 @@ def pack(
         else:
             rows[at].append(sequence)
             room[at] -= len(sequence)
-    batches: list[list[list[TrainSequence]]] = []
-    for row in sorted(rows, key=_tokens, reverse=True):
-        if batches and (len(batches[-1]) + 1) * _tokens(batches[-1][0]) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return [_micro_batch(batch, pad_id) for batch in batches]
+    rows.sort(key=_tokens, reverse=True)
+    most = -(-len(_batches(rows, max_tokens)) // multiple) * multiple
+    # The least capacity that needs no more of them: then they are of one size, and none waits for another.
+    least = bisect.bisect_left(range(max_tokens), True, key=lambda size: len(_batches(rows, size)) <= most)
+    return [_micro_batch(batch, pad_id) for batch in _batches(rows, max_tokens if multiple == 1 else least)]
+
+
+def deal(micro_batches: Sequence[MicroBatch], size: int) -> list[list[MicroBatch]]:
+    """By process, its part: in turn, and filled up to one number with rows that have no target."""
+    each = -(-len(micro_batches) // size)
+    parts = [list(micro_batches[rank::size]) for rank in range(size)]
+    return [[*part, *[empty_like(micro_batches[0])] * (each - len(part))] for part in parts]
 
 
 def unpack(batch: MicroBatch, values: torch.Tensor) -> dict[int, np.ndarray]:
@@ -189,6 +202,17 @@ def empty_like(batch: MicroBatch) -> MicroBatch:
 
 def _tokens(row: list[TrainSequence]) -> int:
     return sum(map(len, row))
+
+
+def _batches(rows: list[list[TrainSequence]], max_tokens: int) -> list[list[list[TrainSequence]]]:
+    """Rows, longest first, in as few micro-batches as hold them."""
+    batches: list[list[list[TrainSequence]]] = []
+    for row in rows:
+        if batches and (len(batches[-1]) + 1) * _tokens(batches[-1][0]) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def _on_own(own: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

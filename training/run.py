@@ -15,47 +15,65 @@ import transformers
 from transformers import TrainerCallback
 
 from rollout import plots
-from rollout.display import Stage, stage
+from rollout.chat import Chat
+from rollout.display import Stage, console, stage
+from rollout.environment import Row
 from rollout.errors import UserError
 from rollout.evaluation import evaluate, write_outcomes
 from training import build, checkpoint, success_history, summary
 from training.config import TrainingConfig
 from training.journal import Journal
 from training.models import load_policy
+from training.ranks import Ranks
 from training.run_directory import RunDirectory
+from training.together import Together
 from training.warm_start import warm_start
 
 
 def execute(cfg: TrainingConfig, composed: Any, run_dir: Path, start: float) -> dict[str, Any]:
     """Run it and give the summary; ``start`` (time.monotonic) is when the command began.
 
-    On Ctrl-C and on errors the last checkpoint stands and nothing is left running.
+    On Ctrl-C and on errors the last checkpoint stands and nothing is left running. Ranks other than the first write
+    nothing of their own and give no summary.
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     transformers.utils.logging.disable_progress_bar()  # bars of loading and saving tear our own display
     transformers.utils.logging.set_verbosity_error()
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
-    directory = RunDirectory(run_dir)
-    directory.open(composed, resume=cfg.resume, overwrite=cfg.overwrite)
     with ExitStack() as stack:
-        Run(cfg, directory, stack).train()
-    return finish(cfg, directory, time.monotonic() - start)
+        ranks = Ranks(cfg.process_timeout_s)
+        stack.callback(ranks.close)
+        directory = RunDirectory(Path(ranks.agree(str(run_dir))), writes=ranks.leads)
+        if ranks.leads:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory.path / "tensorboard")
+            directory.open(composed, resume=cfg.resume, overwrite=cfg.overwrite)
+        else:
+            console.quiet = True
+        ranks.agree()  # rank 0 has made the directory
+        Run(cfg, directory, ranks, stack).train()
+        return finish(cfg, directory, time.monotonic() - start) if ranks.leads else {}
 
 
 class Run:
-    """The parts of a run, built in order; ``stack`` stops the engine and the rollouts whatever happens."""
+    """The parts of a run, built in order; ``stack`` stops the engine and the rollouts whatever happens.
 
-    def __init__(self, cfg: TrainingConfig, directory: RunDirectory, stack: ExitStack) -> None:
-        self.cfg, self.directory = cfg, directory
+    Engine, rollouts and journal are rank 0's.
+    """
+
+    def __init__(self, cfg: TrainingConfig, directory: RunDirectory, ranks: Ranks, stack: ExitStack) -> None:
+        self.cfg, self.directory, self.ranks = cfg, directory, ranks
         self.task = build.make_task(cfg.task)
         self.axes = build.make_axes(cfg, self.task)  # refuses what cannot be, before anything takes time
-        self.resume = checkpoint.latest(directory.checkpoints) if cfg.resume else None
+        self.resume = ranks.agree(checkpoint.latest(directory.checkpoints) if cfg.resume and ranks.leads else None)
         with directory.timed("warm_start"):
-            self.first = first_policy(cfg, self.task, directory)
+            self.first = first_policy(cfg, self.task, directory, ranks)
         adapter = self.resume / "adapter" if self.resume is not None and cfg.lora is not None else None
         weights = self.first if adapter is not None else self.resume or self.first
         self.model, self.tokenizer = build.make_policy_model(cfg, weights, adapter)
+        probe_ids = build.probe_sequences(self.task, Chat(self.tokenizer), cfg.probe.sequences)
+        if not ranks.leads:
+            self.sync = build.EngineSync(cfg, None, None, self.model, probe_ids)
+            return
         start = self.resume or self.first
         settings = build.engine_settings(cfg, start, directory.path)
         with directory.timed("engine_start"), stage("engine start", 1, "engine") as shown:
@@ -65,46 +83,61 @@ class Run:
         stack.callback(self.runner.close)
         stack.callback(lambda: self.runner.call(engine.close(), cfg.engine.timeout_s, "the engine to stop"))
         self.policy = build.make_policy(cfg, engine_of_episodes, self.tokenizer)
-        probe_ids = build.probe_sequences(self.task, self.policy.chat, cfg.probe.sequences)
         self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
         self.sync = build.EngineSync(cfg, self.runner, engine_of_episodes, self.model, probe_ids)
         self.journal = Journal(directory.path)
 
     def train(self) -> None:
         """Evaluate, train and evaluate again; a resumed run goes on where its last whole checkpoint stands."""
-        cfg, directory = self.cfg, self.directory
+        cfg, directory, ranks = self.cfg, self.directory, self.ranks
         done = 0 if self.resume is None else checkpoint.step_of(self.resume)
-        self.journal.cut_after(done)
-        directory.go_back_to(done)
-        if cfg.evaluation.before and not directory.evaluations and done == 0:
+        if ranks.leads:
+            self.journal.cut_after(done)
+            directory.go_back_to(done)
+        if ranks.agree(cfg.evaluation.before and not directory.evaluations and done == 0):
             self.measure(0, cfg.evaluation.questions, "evaluation before")
         if done < cfg.steps:  # else transformers would train one step too many
             with directory.timed("training"), stage("training", cfg.steps, "steps") as shown:
                 self.trainer(shown).train(resume_from_checkpoint=None if self.resume is None else str(self.resume))
-        if cfg.evaluation.after and not any(e["step"] == cfg.steps for e in directory.evaluations):
+        if ranks.agree(cfg.evaluation.after and not any(e["step"] == cfg.steps for e in directory.evaluations)):
             self.measure(cfg.steps, cfg.evaluation.questions, "evaluation after")
 
     def trainer(self, shown: Stage) -> Any:
         """The trainer on its stream, both as the checkpoint left them where there is one."""
         reference = build.make_reference(self.cfg, self.model, self.first)
+        packs = build.packs(self.cfg, self.model)
         callbacks = [LoopCallback(self, shown)]
-        trainer = build.make_trainer(self.cfg, self.directory.path, self.model, self.tokenizer, reference, callbacks)
+        trainer = build.make_trainer(
+            self.cfg, self.directory.path, self.model, self.tokenizer, reference, callbacks, self.ranks
+        )
         trainer.critic = build.make_value_model(self.cfg, self.first, self.resume, trainer)
+        together = Together(self.ranks, self.sync, trainer.logprobs, trainer.critic)
+        batch = build.make_batch(self.cfg, packs, trainer.critic)
+        if not self.ranks.leads:
+            trainer.steps = together.followed()
+            return trainer
 
         def warmed_up(rounds: int, metrics: dict[str, float]) -> None:
             explained = metrics.get("critic/explained_variance", 0.0)
             shown.update(0, f"critic warm-up {rounds} of {self.cfg.critic.warmup_rounds}, explains {explained:.2f}")
 
-        trainer.stream = build.make_stream(self.cfg, self.rollouts, trainer, self.sync, self.journal, warmed_up)
+        stream = build.make_stream(
+            self.cfg, self.rollouts, trainer, self.sync, self.journal, warmed_up, together, batch
+        )
         if self.resume is not None:
-            trainer.stream.load_state_dict(torch.load(self.resume / "stream.pt", weights_only=False))
+            stream.load_state_dict(torch.load(self.resume / "stream.pt", weights_only=False))
+        trainer.stream, trainer.steps = stream, together.led(stream)
         return trainer
 
     def measure(self, step: int, questions: int | None, title: str) -> None:
         """Evaluate the policy as it is after ``step`` steps."""
-        settings = self.cfg.evaluation
-        rows = self.task.rows("test")[:questions]
         self.sync(step)
+        if self.ranks.leads:
+            self._evaluate(step, self.task.rows("test")[:questions], title)
+        self.sync.forget()  # what the evaluation left in the prefix cache must not touch training
+
+    def _evaluate(self, step: int, rows: list[Row], title: str) -> None:
+        settings = self.cfg.evaluation
         behind = {"sampled": 0, "greedy": len(rows) * settings.samples}
         plays = len(rows) * (settings.samples + settings.greedy)
         with self.directory.timed("evaluation"), stage(title, plays, "episodes") as shown:
@@ -114,7 +147,6 @@ class Run:
 
             result, episodes = evaluate(self.runner, self.policy, rows, settings, progress)
         write_outcomes(episodes, self.directory.path / "outcomes" / f"step-{step}.jsonl")
-        self.sync.forget()  # what the evaluation left in the prefix cache must not touch training
         self.directory.evaluated(step, result)
 
 
@@ -125,7 +157,7 @@ class LoopCallback(TrainerCallback):
         self.run, self.shown = run, shown
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or not self.run.ranks.leads:
             return
         self.run.journal.write_metrics(state.global_step, {**logs, "sync/difference": self.run.sync.difference})
         reward = logs.get("reward")
@@ -141,27 +173,31 @@ class LoopCallback(TrainerCallback):
             control.should_save = True
 
 
-def first_policy(cfg: TrainingConfig, task: Any, directory: RunDirectory) -> Path | str:
+def first_policy(cfg: TrainingConfig, task: Any, directory: RunDirectory, ranks: Ranks) -> Path | str:
     """The policy that RL starts from: the model as it is, or warm-started on demonstrations."""
-    path = build.initial_model(cfg, task, directory.path / "model")
+    path = ranks.agree(build.initial_model(cfg, task, directory.path / "model") if ranks.leads else None)
     if cfg.warm_start is None:
         return path
     target = directory.checkpoints / "warm_start"
-    if target.exists():
+    if ranks.agree(target.exists()):
         return target
     if not hasattr(task, "demonstrations"):
         raise UserError(f"warm_start: task {task.name} has no demonstrations; add warm_start=none")
     torch.manual_seed(cfg.seed)
     model, tokenizer = load_policy(path, dtype=cfg.model.dtype, attention=cfg.model.attention)
     demonstrations = task.demonstrations(cfg.warm_start.demonstrations, cfg.seed)
-    with stage("warm start", cfg.warm_start.steps, "steps") as shown, checkpoint.written_whole(target) as scratch:
+    with ExitStack() as stack:
+        shown = stack.enter_context(stage("warm start", cfg.warm_start.steps, "steps"))
+        scratch = ranks.agree(stack.enter_context(checkpoint.written_whole(target)) if ranks.leads else None)
 
         def progress(done: int, logs: dict[str, float]) -> None:
             shown.update(done, f"loss {logs['loss']:.3f}" if "loss" in logs else "")
 
         warm_start(model, tokenizer, demonstrations, cfg.warm_start, scratch / "work", cfg.seed, progress)
-        shutil.rmtree(scratch / "work", ignore_errors=True)
-        checkpoint.save_policy(model, tokenizer, scratch)
+        if ranks.leads:
+            shutil.rmtree(scratch / "work", ignore_errors=True)
+            checkpoint.save_policy(model, tokenizer, scratch)
+    ranks.agree()  # rank 0 has renamed it into place
     return target
 
 

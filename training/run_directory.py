@@ -16,10 +16,10 @@ from rollout.errors import UserError
 
 
 class RunDirectory:
-    """``stages.json`` holds the seconds of each stage and the evaluations made so far."""
+    """``stages.json`` holds the seconds of each stage and the evaluations made so far; one process ``writes`` it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._file = path / "stages.json"
         self.seconds: dict[str, float] = {}
         self.evaluations: list[dict[str, Any]] = []
@@ -65,6 +65,8 @@ class RunDirectory:
             self._write()
 
     def _write(self) -> None:
+        if not self.writes:
+            return
         scratch = self._file.with_suffix(".tmp")
         scratch.write_text(json.dumps({"seconds": self.seconds, "evaluations": self.evaluations}, indent=1))
         scratch.replace(self._file)

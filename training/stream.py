@@ -62,7 +62,7 @@ class RolloutStream:
     groups with their estimates, for logs; ``on_warm_up`` each round that trains the critic alone. ``engine_steps``
     counts those of the engine. Sequences with zero advantage everywhere have no gradient: they keep their share of the
     denominators but are not computed, unless ``keep_zero``. ``think_id``: the decision after this token gets no policy
-    loss (AdaCoT's Selective Loss Masking); None: every own token gets one.
+    loss (AdaCoT's Selective Loss Masking); None: every own token gets one. ``processes``: that micro-batches are for.
     """
 
     def __init__(
@@ -81,13 +81,14 @@ class RolloutStream:
         engine_steps: Callable[[], int] | None = None,
         keep_zero: bool = False,
         think_id: int | None = None,
+        processes: int = 1,
     ) -> None:
         self.rollouts, self.batch = rollouts, batch
         self.axes = rollouts.source.axes
         self.seed, self.pad_id, self.max_new_tokens = seed, pad_id, max_new_tokens
         self.sync, self.anchor, self.critic = sync, anchor, critic
         self.on_round, self.on_warm_up, self.engine_steps = on_round, on_warm_up, engine_steps
-        self.keep_zero, self.think_id = keep_zero, think_id
+        self.keep_zero, self.think_id, self.processes = keep_zero, think_id, processes
         self.rounds = 0
         self.pending: deque[StepBatch] = deque()
 
@@ -240,7 +241,11 @@ class RolloutStream:
 
     def _packed(self, sequences: Iterator[TrainSequence]) -> list[MicroBatch]:
         return pack(
-            list(sequences), max_tokens=self.batch.max_tokens, row_tokens=self.batch.row_tokens, pad_id=self.pad_id
+            list(sequences),
+            max_tokens=self.batch.max_tokens,
+            row_tokens=self.batch.row_tokens,
+            pad_id=self.pad_id,
+            multiple=self.processes,
         )
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -23,12 +26,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rollout.errors import UserError
 from rollout.scheduling.files import LATENCIES
 from training import checkpoint
-from training.corrections import Correction
+from training.corrections import Correction, Stats
 from training.critic import Critic
 from training.head import token_logprobs
 from training.losses import PolicyLoss
 from training.objective import means, policy_objective, reduce
 from training.packing import MicroBatch
+from training.ranks import Ranks
 from training.stream import RolloutStream, StepBatch
 
 
@@ -56,21 +60,32 @@ class RolloutTrainer(Trainer):
         checkpoints: Path,
         keep_last: int,
         callbacks: list[TrainerCallback],
+        ranks: Ranks,
     ) -> None:
         super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.objective = objective
         self.critic: Critic | None = None  # set by the builder: it takes the trainer's devices and processes
-        self.checkpoints, self.keep_last = checkpoints, keep_last
-        self.stream: RolloutStream | None = None  # set by the builder: the stream in turn calls back for weights
+        self.checkpoints, self.keep_last, self.ranks = checkpoints, keep_last, ranks
+        self.stream: RolloutStream | None = None  # set by the builder, on rank 0: it in turn calls back for weights
+        self.steps: Iterator[StepBatch] | None = None  # set by the builder: this rank's part of each of the stream's
         self._metrics: dict[str, float] = {}
         self._start = self._step_end = time.monotonic()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also FSDP2 on CPUs, which accelerate has but does not choose there."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def get_train_dataloader(self) -> Iterator[StepBatch]:
         """The stream itself: no prefetching, so that a step's rollouts are made after the step before it."""
-        if self.stream is None:
-            raise ValueError("set trainer.stream before train()")
-        return self.stream
+        if self.steps is None:
+            raise ValueError("set trainer.steps before train()")
+        return self.steps
 
     def training_step(
         self, model: torch.nn.Module, inputs: StepBatch, num_items_in_batch: torch.Tensor | int | None = None
@@ -97,6 +112,7 @@ class RolloutTrainer(Trainer):
             total += loss.detach()
             stats.append(part)
         self.accelerator.gradient_state._set_sync_gradients(True)
+        total = self.accelerator.reduce(total, reduction="sum")
         if not math.isfinite(total.item()):
             raise UserError(
                 f"the loss of step {self.state.global_step + 1} is {total.item()}; the last checkpoint is untouched: "
@@ -108,10 +124,18 @@ class RolloutTrainer(Trainer):
         if self.critic is not None:
             self._metrics["time/critic"] = trained - start
         if stats:
-            policy = means(reduce(stats))
+            policy = means(reduce(self._of_all_ranks(reduce(stats))))
             del policy["loss"]  # Trainer logs it
             self._metrics |= {f"policy/{name}": value for name, value in policy.items()}
         return total
+
+    def _of_all_ranks(self, stats: Stats) -> list[Stats]:
+        """By rank: their sums in one message."""
+        if self.ranks.size == 1:
+            return [stats]
+        mine = torch.stack([value.to(self.args.device) for value in stats.values()])
+        every = self.accelerator.gather(mine).view(self.ranks.size, -1)
+        return [dict(zip(stats, row, strict=True)) for row in every]
 
     def _train_critic(self, steps: list[list[MicroBatch]]) -> dict[str, float]:
         """The value model's steps, before the policy's: their gradients are gone when those of the policy come."""
@@ -169,21 +193,42 @@ class RolloutTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Everything that a run is, whole or not at all: written beside its place and renamed into it."""
-        with checkpoint.writing(self.checkpoints, self.state.global_step, self.keep_last) as folder:
-            checkpoint.save_policy(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            torch.save(self.stream.state_dict(), folder / "stream.pt")
-            if (history := self.stream.axes.budget.history) is not None:  # for other runs; this one has it in stream.pt
-                history.write(folder)
-            if self.critic is not None:
-                self.critic.save(folder)
-            latencies = self.checkpoints.with_name(LATENCIES)
-            if latencies.exists():  # kept up to date by the engine's scheduler; serving starts from them
-                shutil.copy(latencies, folder)
+        """Everything that a run is, whole or not at all: written beside its place and renamed into it.
+
+        Every rank writes its part of what is sharded, and its random numbers; rank 0 all the rest.
+        """
+        ranks = self.ranks
+        step = self.state.global_step
+        with contextlib.ExitStack() as stack:
+            folder = ranks.agree(
+                stack.enter_context(checkpoint.writing(self.checkpoints, step, self.keep_last)) if ranks.leads else None
+            )
+            error = None
+            try:
+                self._write(folder)
+            except (OSError, RuntimeError, SafetensorError) as failure:
+                if ranks.size == 1:
+                    raise
+                error = checkpoint.unwritten(folder, failure)
+            ranks.all_or_none(error)
+
+    def _write(self, folder: Path) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        checkpoint.save_policy(policy, self.processing_class, folder if self.ranks.leads else None)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.critic is not None:
+            self.critic.save(folder)
+        if not self.ranks.leads:
+            return
+        self._save_scaler(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        torch.save(self.stream.state_dict(), folder / "stream.pt")
+        if (history := self.stream.axes.budget.history) is not None:  # for other runs; this one has it in stream.pt
+            history.write(folder)
+        latencies = self.checkpoints.with_name(LATENCIES)
+        if latencies.exists():  # kept up to date by the engine's scheduler; serving starts from them
+            shutil.copy(latencies, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The model was built from the checkpoint's own folder; only a sharded one must read it again."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import torch
 from rollout.checkpoint import first_line
 from rollout.errors import UserError
 from training.models import check_checkpoint
+from training.sharding import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,7 +39,7 @@ def load_value_model(path: str | Path, *, dtype: str = "float32", attention: str
     if trunk := sorted(name for name in missing if name.startswith(f"{model.base_model_prefix}.")):
         raise UserError(f"{path} lacks {trunk[0]}: not a whole checkpoint; copy it again or give another folder")
     head = [parameter for name, parameter in model.named_parameters() if name in missing]
-    with torch.no_grad(), _gathered(head, changed=True):
+    with torch.no_grad(), gathered(head, changed=True):
         for parameter in head:
             parameter.zero_()
     return model
@@ -61,25 +60,6 @@ def check_tokenizer(path: str | Path, policy: PreTrainedTokenizerFast) -> None:
             f"critic.path: the tokenizer of {path} is not the policy's ({differing} tokens differ); give a model with "
             "the policy's tokenizer, or null for the policy's own weights"
         )
-
-
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight on the CPU, one after the other out of what ZeRO-3 has sharded; every process must ask."""
-    weights = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        with _gathered([value]):
-            weights[name] = value.detach().to("cpu", copy=True)
-    return weights
-
-
-def _gathered(parameters: Iterable[torch.Tensor], *, changed: bool = False) -> AbstractContextManager[Any]:
-    """Inside it, parameters that ZeRO-3 has sharded are whole; ``changed``: afterwards all have rank 0's."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if changed else None)
 
 
 def _without_dropout(config: Any) -> None:
