@@ -68,7 +68,8 @@ class Run:
         probe_ids = build.probe_sequences(self.task, self.policy.chat, cfg.probe.sequences)
         self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
         self.sync = build.EngineSync(cfg, self.runner, engine_of_episodes, self.model, probe_ids)
-        self.journal = Journal(directory.path)
+        self.journal = Journal(directory.path, self.tokenizer.decode)
+        stack.callback(self.journal.flush)  # a step that failed is the one to look at
 
     def train(self) -> None:
         """Evaluate, train and evaluate again; a resumed run goes on where its last whole checkpoint stands."""
