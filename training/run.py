@@ -22,6 +22,7 @@ from training import build, checkpoint, success_history, summary
 from training.config import TrainingConfig
 from training.journal import Journal
 from training.models import load_policy
+from training.report import page
 from training.run_directory import RunDirectory
 from training.warm_start import warm_start
 
@@ -177,5 +178,6 @@ def finish(cfg: TrainingConfig, directory: RunDirectory, seconds: float) -> dict
     history = last is not None and (last / success_history.FILE).exists()
     if history and (spent := success_history.SuccessHistory.read(last).spent()):
         plots.plot_budget(spent, directory.path / "budget.png")
+    page.write(directory.path)
     summary.show(result, directory, cfg)
     return result

@@ -9,10 +9,8 @@ rounds before that trained the critic alone. ``time/other``: the rest, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from transformers import TrainerCallback
 
 PARTS = ("sync", "generate", "tools", "reward", "wait", "anchor", "critic", "train", "warm_up", "other")
 
@@ -34,13 +32,3 @@ def rollout_seconds(
 def remaining(row: Mapping[str, Any]) -> float:
     """Seconds of ``time/step`` that no other part of the row accounts for."""
     return max(0.0, row["time/step"] - sum(row.get(f"time/{part}", 0.0) for part in PARTS if part != "other"))
-
-
-class UpdateCallback(TrainerCallback):
-    """Calls ``updated`` when the optimizer has stepped: transformers gives its Trainer no other place for that."""
-
-    def __init__(self, updated: Callable[[], None]) -> None:
-        self.updated = updated
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.updated()

@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rollout.errors import UserError
 from rollout.scheduling.files import LATENCIES
 from training import checkpoint
+from training.callbacks import UpdateCallback
 from training.corrections import Correction
 from training.critic import Critic
 from training.flops import TrainingWork, peak_flops, rates
@@ -31,7 +32,7 @@ from training.losses import PolicyLoss
 from training.objective import means, policy_objective, reduce
 from training.packing import MicroBatch
 from training.stream import RolloutStream, StepBatch
-from training.timing import UpdateCallback, remaining
+from training.timing import remaining
 
 
 @dataclass
