@@ -1,4 +1,4 @@
-"""An episode as people read it: turns, calls and results, and what training made of each token that the policy wrote."""
+"""An episode as people read it: turns, calls and results, and what training made of each token of the policy's."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from training.lora import base_model
 from training.packing import MicroBatch
 
@@ -98,7 +96,7 @@ class TrainingWork:
 
 
 def rates(tokens: float, flops: float | None, seconds: float, peak: float | None) -> dict[str, float]:
-    """Of one optimizer step that took so long: tokens per second, FLOP/s, and their share of the device's peak (MFU)."""
+    """Of an optimizer step of so many seconds: tokens and FLOPs per second, and the share of the device's peak, MFU."""
     found = {"train/tokens_per_second": tokens / seconds}
     if flops is not None:
         found["train/flops"] = flops / seconds

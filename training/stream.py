@@ -288,6 +288,7 @@ def round_metrics(played: Round) -> dict[str, float]:
     varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
     succeeded = [[episode.success for episode in group.episodes] for group in seen if group.episodes]
     turns = [turn for episode in episodes for turn in episode.turns]
+    asked = max(sum(episode.prompt_tokens for episode in episodes), 1)
     metrics |= {
         "reward": sum(e.reward for e in episodes) / n,
         "success": sum(e.success for e in episodes) / n,
@@ -295,7 +296,7 @@ def round_metrics(played: Round) -> dict[str, float]:
         "rollout/turns": len(turns) / n,
         "rollout/tool_calls": sum(len(e.tool_results) for e in episodes) / n,
         "rollout/tool_seconds": sum(r.seconds for e in episodes for r in e.tool_results) / n,
-        "rollout/cache_hit_rate": sum(e.cached_tokens for e in episodes) / max(sum(e.prompt_tokens for e in episodes), 1),
+        "rollout/cache_hit_rate": sum(e.cached_tokens for e in episodes) / asked,
         "rollout/tool_errors": sum(r.error for e in episodes for r in e.tool_results) / n,
         "rollout/thinking": sum(e.thought for e in episodes) / n,
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),

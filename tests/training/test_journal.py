@@ -78,7 +78,9 @@ def test_each_own_token_has_its_text_its_advantage_and_both_log_probs(tmp_path: 
     other.token_ids = other.token_ids + 20
     mine = TrainSequence.of(episode.sequences[0], 3, advantages, advantages, mask=mask)
     batches = pack([other, mine], max_tokens=32, pad_id=0)
-    journal.score(batches, [batch.own(batch.behaviour_logprobs) + (0.01 * batch.own(batch.targets)) for batch in batches])
+    journal.score(
+        batches, [batch.own(batch.behaviour_logprobs) + (0.01 * batch.own(batch.targets)) for batch in batches]
+    )
     journal.flush()
     (row,) = read_jsonl(journal.episodes)
     assert row["prompt"] == "w1 w2 w3"

@@ -43,7 +43,9 @@ def episode(step: int, sample: int) -> tuple[Episode, Estimate]:
     sequence.append_own(own, [-0.25, -0.5, -1.0, -2.0], [step] * 4)
     call = ToolCall("calculator", {"expression": ATTACK})
     turns = [Turn("", ATTACK, [call], [ToolResult(call, ATTACK, True, 0.25)])]
-    made = Episode(f"prompt{step}{sample}", f"g{sample}", 0, "hard", [sequence], turns, {"task": 1.0, "bonus": 0.5}, True)
+    made = Episode(
+        f"prompt{step}{sample}", f"g{sample}", 0, "hard", [sequence], turns, {"task": 1.0, "bonus": 0.5}, True
+    )
     return made, Estimate([np.array([1.0, 0.5, -0.5, 0.0])])
 
 
@@ -165,7 +167,9 @@ def test_a_long_run_is_thinned_and_says_so(run_dir: Path) -> None:
     line = (run_dir / "episodes.jsonl").read_text().splitlines()[0]
     long = json.loads(line)
     long["turns"][0]["content"] = "x" * 100_000
-    (run_dir / "episodes.jsonl").write_text("".join(json.dumps({**long, "step": step}) + "\n" for step in range(1, 101)))
+    (run_dir / "episodes.jsonl").write_text(
+        "".join(json.dumps({**long, "step": step}) + "\n" for step in range(1, 101))
+    )
     row = {"loss": 1.0, "time/step": 1.0}
     rows = [{"step": step, **row, "reward": float(step % 2)} for step in range(1, 5001)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -19,7 +19,7 @@ function format(value) {
     const power = Math.min(Math.floor(Math.log10(size) / 3), 5);
     return +(value / 1000 ** power).toPrecision(3) + ["", "k", "M", "G", "T", "P"][power];
   }
-  if (size && size < 1e-3) return value.toExponential(1).replace("-", "−");
+  if (size && size < 1e-3) return value.toExponential(1).replace(".0", "").replace("-", "−");
   return String(+value.toPrecision(4)).replace("-", "−");
 }
 
@@ -97,17 +97,20 @@ const key = (kind, name) => element("span", {}, element("i", { class: "swatch " 
 const path = (points) => points.map(([x, y], i) => (i ? "L" : "M") + x.toFixed(1) + " " + y.toFixed(1)).join("");
 
 function lineChart(holder, chart) {
-  const series = Object.entries(chart.series).map(([metric, name], i) => ({ metric, name, kind: "colour-" + i }));
-  for (const one of series)
-    one.points = STEPS.map((step, i) => [step, METRICS[one.metric][i]]).filter((p) => p[1] !== null && (!chart.log || p[1] > 0));
+  const series = [];
+  for (const [metric, name] of Object.entries(chart.series)) {
+    const points = STEPS.map((step, i) => [step, METRICS[metric][i]]).filter((p) => p[1] !== null && (!chart.log || p[1] > 0));
+    const same = series.find((one) => String(one.points) === String(points));
+    if (same) same.name += " = " + name; // one would hide the other
+    else series.push({ metric, name, points, kind: "colour-" + series.length });
+  }
   const dots = chart.evaluations ? DATA.evaluations : [];
   const modes = [...new Set(dots.map((dot) => dot.mode))];
   const kindOf = (mode) => "colour-" + (series.length + modes.indexOf(mode));
   const keys = element("div", { class: "keys" });
   for (const one of series) keys.append(key(one.kind, one.name));
   for (const mode of modes) keys.append(key(kindOf(mode), "accuracy, " + mode));
-  const title = element("h3", {}, chart.title);
-  holder.replaceChildren(title, element("div", { class: "quiet" }, chart.note), keys);
+  holder.replaceChildren(element("h3", {}, chart.title), element("div", { class: "quiet" }, chart.note), keys);
   const values = series.flatMap((one) => one.points.map((p) => p[1])).concat(dots.flatMap((d) => [d.accuracy_low, d.accuracy_high]));
   if (!values.length) { keys.replaceChildren("always 0"); return; }
   let low = Math.min(...values), high = Math.max(...values);
@@ -115,7 +118,7 @@ function lineChart(holder, chart) {
   else if (chart.share) { low = 0; high = 1; }
   else {
     if (chart.zero) low = Math.min(0, low);
-    if (high === low) high += Math.abs(high) || 1;
+    if (high === low) { const around = Math.abs(high) * 0.5 || 1; high += around; if (!chart.zero) low -= around; }
     const room = (high - low) * 0.06;
     if (!chart.zero || low < 0) low -= room;
     high += room;
@@ -177,8 +180,9 @@ for (const group of ["learning", "speed"])
 if (DATA.parts.length) drawings.push(() => timeChart(document.getElementById("time-chart")));
 const metric = document.getElementById("metric");
 for (const name of Object.keys(METRICS).filter((name) => name !== "step").sort()) metric.append(element("option", {}, name));
+if ("learning_rate" in METRICS) metric.value = "learning_rate";
 const drawMetric = () =>
-  lineChart(document.getElementById("metric-chart"), { title: metric.value, note: "as in metrics.jsonl", series: { [metric.value]: metric.value } });
+  lineChart(document.getElementById("metric-chart"), { title: "", note: "", series: { [metric.value]: metric.value } });
 if (metric.options.length) drawings.push(drawMetric);
 metric.addEventListener("change", drawMetric);
 const drawAll = () => drawings.forEach((draw) => draw());

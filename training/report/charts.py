@@ -33,7 +33,11 @@ LEARNING = [
     Chart(
         "Tools and thinking",
         "per episode",
-        {"rollout/tool_calls": "tool calls", "rollout/tool_errors": "tool errors", "rollout/thinking": "share thinking"},
+        {
+            "rollout/tool_calls": "tool calls",
+            "rollout/tool_errors": "tool errors",
+            "rollout/thinking": "share thinking",
+        },
         zero=True,
     ),
     Chart(

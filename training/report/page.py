@@ -78,7 +78,6 @@ def render(record: RunRecord) -> str:
         evaluations=record.evaluations,
         difficulties=_difficulties(record.evaluations),
         episodes_shown=shown,
-        number=number,
     )
 
 
@@ -88,17 +87,6 @@ def embedded(data: Any) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A figure as people read it."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or (math.isfinite(value) and value == round(value) and abs(value) < 1e15):
-        return f"{value:,.0f}"
-    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.{digits}g}" if abs(value) < 0.1 else f"{value:.{digits}f}"
 
 
 def _state(record: RunRecord) -> str:
@@ -115,17 +103,17 @@ def _headline(record: RunRecord) -> list[tuple[str, str, str]]:
     for mode in ("sampled", "greedy"):
         values = [e[mode]["accuracy"] for e in ends if mode in e]
         if len(values) > 1:
-            found.append((f"accuracy, {mode}", f"{values[0]:.3f} → {values[-1]:.3f}", "unseen questions, first → last"))
+            found.append((f"accuracy, {mode}", f"{values[0]:.3f} → {values[-1]:.3f}", "unseen, first → last"))
         elif values:
-            found.append((f"accuracy, {mode}", f"{values[0]:.3f}", f"unseen questions, step {ends[0]['step']}"))
+            found.append((f"accuracy, {mode}", f"{values[0]:.3f}", f"unseen, step {ends[0]['step']}"))
     rewards = [row["reward"] for row in record.metrics if _finite(row.get("reward"))]
     if rewards:
-        found.append(("reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "rollouts, first → last step"))
+        found.append(("reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "rollouts, first → last"))
     steps = [row["time/step"] for row in record.metrics if _finite(row.get("time/step"))]
     if steps:
-        found.append(("seconds a step", number(sum(steps) / len(steps)), f"mean of {len(steps)}"))
+        found.append(("seconds a step", f"{sum(steps) / len(steps):.2f}", f"mean of {len(steps)}"))
     if "seconds_total" in record.summary:
-        found.append(("seconds in all", number(record.summary["seconds_total"]), "the whole command"))
+        found.append(("seconds in all", f"{record.summary['seconds_total']:,.0f}", "the whole command"))
     return found
 
 

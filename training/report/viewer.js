@@ -17,7 +17,7 @@ function valueOf(tokens, mode, i) {
 
 // Positive is blue and negative orange, as strong as the value is large; of a log-prob the improbable is strong.
 function paint(value, scale) {
-  const strength = Math.min(Math.abs(value) / scale, 1) * 0.75;
+  const strength = Math.min(Math.abs(value) / (scale || 1), 1) * 0.75;
   return value >= 0 ? `rgba(47, 109, 181, ${strength.toFixed(3)})` : `rgba(217, 110, 40, ${strength.toFixed(3)})`;
 }
 
@@ -27,23 +27,28 @@ function scaleOf(episodes, mode) {
     for (const turn of episode.turns)
       if (turn.tokens)
         turn.tokens.text.forEach((_, i) => { most = Math.max(most, Math.abs(valueOf(turn.tokens, mode, i) ?? 0)); });
-  return most || 1;
+  return most;
 }
 
 function drawScale(mode, scale, unknown) {
   const holder = document.getElementById("scale");
   holder.replaceChildren();
   if (mode === "none") return;
+  if (!scale && unknown) {
+    holder.append("Not known for this episode: the first update of its round computed none of its tokens.");
+    return;
+  }
   const bar = element("span", { class: "bar" }), ends = mode === "engine" ? [-1, 0] : [-1, 1];
   for (let i = 0; i <= 14; i++) {
     const cell = element("i");
     cell.style.background = paint(ends[0] + ((ends[1] - ends[0]) * i) / 14, 1);
     bar.append(cell);
   }
-  holder.append(MODES[mode], format(ends[0] * scale), bar, format(ends[1] * scale));
-  holder.append(mode === "advantage" ? "widest of this step; " : "widest of this episode; ");
-  if (mode === "difference") holder.append("known for tokens trained in the first update of their round");
-  if (unknown) holder.append(element("span", { class: "token unknown" }, "dotted: not known"));
+  const remark = mode === "difference" ? "; known where the first update of a round computed it" : "";
+  const notes = [MODES[mode], format(ends[0] * scale), bar, format(ends[1] * scale)];
+  notes.push(`largest of this ${mode === "advantage" ? "step" : "episode"}${remark}`);
+  for (const note of notes) holder.append(element("span", {}, note));
+  if (unknown) holder.append(element("span", { class: "token unknown" }, "not known"));
 }
 
 function tokenStrip(tokens, mode, scale) {
@@ -76,7 +81,7 @@ function drawTurn(turn, number, mode, scale) {
   for (const call of turn.calls) {
     const result = element("div", { class: call.error ? "text mono error" : "text mono" }, "→ " + call.result);
     const asked = element("div", { class: "text mono" }, `${call.name}(${JSON.stringify(call.arguments)})`);
-    const seconds = call.seconds === undefined ? "" : `${format(call.seconds)} s`;
+    const seconds = call.seconds ? `${format(call.seconds)} s` : "under 1 ms";
     parsed.append(element("div", { class: "call" }, asked, result, element("div", { class: "quiet" }, seconds)));
   }
   if (turn.open) parsed.append(...labelled("not over: the window ended here"));
@@ -113,7 +118,7 @@ function drawViewer() {
   document.getElementById("after").disabled = at === steps.length - 1;
   const choices = episodes.map((episode, i) => {
     const mark = element("span", { class: episode.success ? "right-answer" : "wrong-answer" }, episode.success ? "✓ " : "✗ ");
-    const button = element("button", { type: "button", "aria-pressed": i === viewer.episode }, mark, `${i + 1} · reward ${format(reward(episode))} · ${episode.tokens} tokens`);
+    const button = element("button", { type: "button", "aria-pressed": i === viewer.episode }, mark, `${i + 1} · reward ${format(reward(episode))} · advantage ${format(episode.advantage)}`);
     button.addEventListener("click", () => { viewer.episode = i; drawViewer(); });
     return button;
   });
@@ -134,5 +139,7 @@ if (steps.length) {
   select.addEventListener("change", () => go(Number(select.value)));
   document.getElementById("before").addEventListener("click", () => go(steps[steps.indexOf(viewer.step) - 1]));
   document.getElementById("after").addEventListener("click", () => go(steps[steps.indexOf(viewer.step) + 1]));
-  go(steps[steps.length - 1]);
+  const last = steps[steps.length - 1];
+  viewer.episode = Math.max(0, byStep.get(last).findIndex((episode) => episode.advantage)); // one that taught something
+  go(last);
 }
