@@ -48,9 +48,10 @@ class TrainingWork:
         """Count a model that is about to be trained; None for mixtures of experts and for other attention than full."""
         base = base_model(model)
         config = base.config.get_text_config()
-        if getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0):
-            return None
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        experts = any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        heads = getattr(config, "num_attention_heads", None)
+        if experts or kinds != {"full_attention"} or heads is None:
             return None
         tables = {id(table.weight) for table in (base.get_input_embeddings(), base.get_output_embeddings())}
         head = base.get_output_embeddings().weight
@@ -59,7 +60,6 @@ class TrainingWork:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has flattened and sharded it
             if len(shape) > 1 and id(parameter) not in tables:
                 sizes[parameter.requires_grad] += shape.numel()
-        heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             trained=sizes[True],

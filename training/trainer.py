@@ -109,9 +109,7 @@ class RolloutTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {total.item()}; the last checkpoint is untouched: "
                 "lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
             )
-        if (
-            self.stream is not None and inputs["metrics"]
-        ):  # the first step of a round: the policy is the one that sampled
+        if inputs["metrics"]:  # the first step of a round: the policy is still the one that sampled
             self.stream.on_scored(micro_batches, self._scored)
         now = self._trained = time.monotonic()
         self._metrics = inputs["metrics"] | critic

@@ -193,6 +193,12 @@ def test_what_is_no_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"reward": 1}\n')
     with pytest.raises(UserError, match=r"line 1 is no row of a run: it has no step"):
         record.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for name in ("config.yaml", "stages.json", "summary.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(UserError, match=rf"{name} is no(t JSON| YAML) .*; restore the file or remove it"):
+            record.read(tmp_path)
+        (tmp_path / name).unlink()
     assert not (tmp_path / "report.html").exists()
 
 

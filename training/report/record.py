@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from rollout.errors import UserError
 
@@ -39,15 +40,14 @@ def read(path: Path) -> RunRecord:
     metrics = rows(path / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{path / 'metrics.jsonl'} has no step yet; wait for the run's first, or give another run_dir")
-    config = path / "config.yaml"
-    text = config.read_text() if config.exists() else ""
+    config, text = _config(path / "config.yaml")
     return RunRecord(
         path=path,
         metrics=metrics,
         episodes=rows(path / "episodes.jsonl"),
         evaluations=_json(path / "stages.json").get("evaluations", []),
         summary=_json(path / "summary.json"),
-        config=OmegaConf.to_container(OmegaConf.create(text)) if text else {},
+        config=config,
         config_text=text,
     )
 
@@ -72,6 +72,16 @@ def _row(line: str, place: str) -> Row:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise UserError(f"{place} is no row of a run: it has no step; restore the file or take the line out")
     return row
+
+
+def _config(path: Path) -> tuple[Row, str]:
+    if not path.exists():
+        return {}, ""
+    text = path.read_text()
+    try:
+        return dict(OmegaConf.create(text)), text
+    except (YAMLError, ValueError) as error:
+        raise UserError(f"{path} is no YAML ({str(error).splitlines()[0]}); restore the file or remove it") from error
 
 
 def _json(path: Path) -> Row:
