@@ -19,7 +19,7 @@ function format(value) {
     const power = Math.min(Math.floor(Math.log10(size) / 3), 5);
     return +(value / 1000 ** power).toPrecision(3) + ["", "k", "M", "G", "T", "P"][power];
   }
-  if (size && size < 1e-3) return value.toExponential(1).replace(".0", "").replace("-", "−");
+  if (size && size < 1e-3) return value.toExponential(1).replace(".0", "").replaceAll("-", "−");
   return String(+value.toPrecision(4)).replace("-", "−");
 }
 
