@@ -8,13 +8,13 @@ export PYTHON
 
 # Pure arithmetic, data and configuration: typed.
 PURE := hydra_plugins/local_gpus benchmarks/report.py serving/config.py serving/parsers.py rollout/tools rollout/tasks \
-	$(addprefix rollout/,agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py reasoning.py weights.py \
+	$(addprefix rollout/,activity.py agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py reasoning.py weights.py \
 		engines/__init__.py) \
 	$(addprefix rollout/scheduling/,programs.py policies.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
 		metrics.py plots.py costs.py workloads.py traces.py results.py) \
-	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py estimates.py head.py knapsack.py \
+	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py episode_record.py estimates.py flops.py head.py knapsack.py \
 		losses.py members.py memory.py objective.py packing.py prompts.py selection.py settings.py population.py success_history.py \
-		sweep.py rewards)
+		sweep.py timing.py report rewards)
 
 # One thread each: on small models more threads are slower, and the shared engine has threads of its own. No network in tests.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_OMP_THREADS_BIND=nobind \

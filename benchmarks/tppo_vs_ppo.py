@@ -64,8 +64,9 @@ class Arm(Run):
     @property
     def tokens_per_second(self) -> float:
         """Of the rollouts alone, the first round left out: the engine compiles and warms up in it."""
-        rows = [row for row in self.rows if "time/generate" in row][1:]
-        return sum(row["rollout/tokens"] for row in rows) / sum(row["time/generate"] for row in rows)
+        rows = [row for row in self.rows if row.get("rollout/tokens_per_second")][1:]
+        tokens = sum(row["rollout/tokens"] for row in rows)
+        return tokens / sum(row["rollout/tokens"] / row["rollout/tokens_per_second"] for row in rows)
 
     @property
     def seconds(self) -> float:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from rollout.activity import Activity
 from rollout.config import LimitsConfig
 from rollout.environment import Environment, Message, Row
 from rollout.episode import Episode, Status, ToolCall, ToolResult, Turn
@@ -50,15 +51,18 @@ async def run_episode(
     episode: Episode | None = None,
     timed: Callable[[asyncio.Timeout], None] = lambda deadline: None,
     waiting: Callable[[bool], None] = lambda begins: None,
+    activity: Activity | None = None,
 ) -> Episode:
     """Play one episode to its end and score it. Raises ``EpisodeDropped`` where infrastructure failed.
 
     ``episode``: one to go on with, as an earlier window left it; tools that had not answered are called again.
     ``timed`` is handed the deadline, for whoever makes an episode wait through no fault of its own. ``waiting`` is
     called when the episode begins (True) to wait for a tool that takes time, and when it has answered (False).
+    ``activity`` learns what the episode is busy with.
     """
     if episode is None:
         episode = Episode.begin(row, group_id or row.id, sample)
+    activity = activity or Activity()
     try:
         async with asyncio.timeout(limits.episode_timeout_s) as deadline:
             timed(deadline)
@@ -67,10 +71,11 @@ async def run_episode(
             await speaker.open(episode, messages, tools)
             try:
                 if episode.status is Status.UNFINISHED:  # else it was taken up where only its score was missing
-                    await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits, waiting)
+                    await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits, waiting, activity)
             finally:
                 await speaker.close(episode)
-            episode.rewards, episode.success = await environment.score(episode)
+            with activity.during("reward"):
+                episode.rewards, episode.success = await environment.score(episode)
     except TimeoutError as error:
         if not deadline.expired():
             raise
@@ -82,15 +87,21 @@ async def run_episode(
 
 
 async def _converse(
-    episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig, waiting: Callable[[bool], None]
+    episode: Episode,
+    tools: dict[str, Tool],
+    speaker: Speaker,
+    limits: LimitsConfig,
+    waiting: Callable[[bool], None],
+    activity: Activity,
 ) -> None:
     calls = sum(len(turn.calls) for turn in episode.turns)
     own = episode.own_tokens - episode.open_tokens
     if episode.unanswered:
-        await _answer(episode, tools, speaker, limits, waiting)
+        await _answer(episode, tools, speaker, limits, waiting, activity)
     while True:
         room = limits.max_new_tokens - own
-        turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
+        with activity.during("generate"):
+            turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
         episode.turns.append(turn)
         own += written
         if cut or (turn.calls and own >= limits.max_new_tokens):
@@ -103,17 +114,23 @@ async def _converse(
         if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
             episode.status = Status.CALL_LIMIT
             return
-        await _answer(episode, tools, speaker, limits, waiting)
+        await _answer(episode, tools, speaker, limits, waiting, activity)
 
 
 async def _answer(
-    episode: Episode, tools: dict[str, Tool], speaker: Speaker, limits: LimitsConfig, waiting: Callable[[bool], None]
+    episode: Episode,
+    tools: dict[str, Tool],
+    speaker: Speaker,
+    limits: LimitsConfig,
+    waiting: Callable[[bool], None],
+    activity: Activity,
 ) -> None:
     """Run the calls of the last turn, all at once; the policy reads what they gave."""
     turn = episode.turns[-1]
     if any(_takes_time(tools[x.name]) for x in turn.calls if x.problem is None and x.name in tools):
         waiting(True)
-    results = await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls))
+    with activity.during("tools"):
+        results = await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls))
     turn.results = list(results)
     waiting(False)
     await speaker.read(episode, turn.results)

@@ -141,7 +141,8 @@ class Episode:
     ``open_turn`` is where in the last sequence a turn begins that a window has cut; None between turns.
     ``needs_thought`` is what the row says of the need to think, for the episode or turn by turn; None where unknown.
     ``reasoning`` is the mode that its template forces, None where the engine's policy has the say; ``told`` the one
-    that its system prompt asks for.
+    that its system prompt asks for. ``prompt_tokens`` is what the engine was given over all requests, ``cached_tokens``
+    what it had of that in its cache.
     """
 
     prompt_id: str
@@ -158,6 +159,8 @@ class Episode:
     needs_thought: Need = None
     reasoning: str | None = None
     told: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def begin(cls, row: Row, group_id: str, sample: int = 0, reasoning: str | None = None) -> Episode:

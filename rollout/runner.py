@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rollout.activity import Activity
 from rollout.agent import EpisodeDropped, Speaker, run_episode
 from rollout.buffer import RolloutBuffer
 from rollout.config import LimitsConfig
@@ -50,6 +51,7 @@ class Runner:
         self.environment, self.limits, self.lockstep = environment, limits, lockstep
         # Time-outs count what an episode takes, not how long it queued behind others. In lockstep all go together.
         self._slots = asyncio.Semaphore(concurrency) if concurrency and lockstep is None else contextlib.nullcontext()
+        self.activity = Activity()
         self.lost: Counter[str] = Counter()  # dropped episodes by cause
         self._failures = 0
         self._loop = asyncio.new_event_loop()
@@ -142,7 +144,14 @@ class Runner:
                 try:
                     environment = self.environment()
                     await run_episode(
-                        job.row, environment, speaker(), self.limits, episode=episode, timed=timed, waiting=waiting
+                        job.row,
+                        environment,
+                        speaker(),
+                        self.limits,
+                        episode=episode,
+                        timed=timed,
+                        waiting=waiting,
+                        activity=self.activity,
                     )
                     break
                 except (EpisodeDropped, EngineDied, UserError):

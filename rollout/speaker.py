@@ -106,6 +106,8 @@ class EngineSpeaker:
         ended_by_window = window is not None and window.charge(episode, len(out.ids))
         if out.finish == "abort" and not ended_by_window:
             raise InterruptedError(f"the engine aborted {program_id(episode)}")
+        episode.prompt_tokens += len(sequence)
+        episode.cached_tokens += out.cached_tokens
         sequence.append_own(out.ids, out.logprobs, out.versions)
         sequence.extras.update(out.extras)
         return out.finish == "stop"

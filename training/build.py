@@ -327,6 +327,7 @@ def make_stream(
             trainer.state.global_step + 1, groups, estimates, cfg.episodes_logged
         ),
         on_warm_up=on_warm_up,
+        on_scored=log.score,
         engine_steps=engine_steps(engine_sync),
         keep_zero=cfg.kl.coef != 0,
         think_id=decision_after(rollouts.source),

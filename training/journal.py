@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from rollout.buffer import Group
 from rollout.episode import Episode
+from training.episode_record import Decode, add_scores, episode_record, scored
 from training.estimates import Estimate
+from training.packing import MicroBatch
 
 
 class Journal:
-    """Appends JSON lines; each line carries its ``step``."""
+    """Appends JSON lines; each line carries its ``step``. ``decode`` gives the text of token ids.
 
-    def __init__(self, run_dir: Path) -> None:
+    Episodes are held back until their step has been trained, which may tell the trainer's log-probs of their tokens.
+    """
+
+    def __init__(self, run_dir: Path, decode: Decode) -> None:
         self.metrics, self.episodes = run_dir / "metrics.jsonl", run_dir / "episodes.jsonl"
+        self.decode = decode
+        self._held: list[tuple[dict[str, Any], Episode]] = []
 
     def cut_after(self, step: int) -> None:
         """Drop the rows of later steps: the resumed run writes them again."""
@@ -31,47 +38,31 @@ class Journal:
 
     def write_metrics(self, step: int, values: dict[str, Any]) -> None:
         _append(self.metrics, [{"step": step, **values}])
+        self.flush()
 
     def write_episodes(
         self, step: int, groups: Sequence[Group], estimates: Sequence[Sequence[Estimate]], n: int
     ) -> None:
-        """One episode of each of the first ``n`` groups, with its advantage."""
-        rows = [
-            {"step": step, "advantage": _first(each[0].advantages), **episode_record(group.episodes[0])}
-            for group, each in list(zip(groups, estimates, strict=True))[:n]
-        ]
-        _append(self.episodes, rows)
+        """Take note of one episode of each of the first ``n`` groups, as it now is, with its advantages."""
+        for group, each in list(zip(groups, estimates, strict=True))[:n]:
+            episode = group.episodes[0].snapshot()
+            row = {"step": step, **episode_record(episode, each[0], self.decode)}
+            row["group_rewards"] = [round(member.reward, 4) for member in group.episodes]
+            self._held.append((row, episode))
 
+    def score(self, micro_batches: Sequence[MicroBatch], logprobs: Sequence[torch.Tensor]) -> None:
+        """Note the trainer's log-probs of the episodes that are held back; flat, as ``MicroBatch.own`` gives them."""
+        scores = scored(micro_batches, logprobs) if self._held else {}
+        for row, episode in self._held:
+            add_scores(row, episode, scores)
 
-def episode_record(episode: Episode) -> dict[str, Any]:
-    """An episode as a person reads it: turns, calls and results, without token arrays."""
-    turns = [
-        {
-            "reasoning": turn.reasoning,
-            "content": turn.content,
-            "calls": [
-                {"name": r.call.name, "arguments": r.call.arguments, "result": r.content, "error": r.error}
-                for r in turn.results
-            ],
-        }
-        for turn in episode.turns
-    ]
-    return {
-        "prompt_id": episode.prompt_id,
-        "sample": episode.sample,
-        "difficulty": episode.difficulty,
-        "success": episode.success,
-        "rewards": episode.rewards,
-        "status": str(episode.status),
-        "tokens": episode.own_tokens,
-        "turns": turns,
-    }
-
-
-def _first(sequences: Sequence[np.ndarray]) -> float:
-    return next((float(values[0]) for values in sequences if len(values)), 0.0)
+    def flush(self) -> None:
+        """Write what is held back."""
+        _append(self.episodes, [row for row, _ in self._held])
+        self._held = []
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    if rows:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -91,7 +91,9 @@ class Source:
     def rewarded(self, group: Group) -> Group:
         """The group with its rewards; the budget sees it too."""
         self.axes.budget.observe(group.episodes)
-        for episode, rewards in zip(group.episodes, self.axes.reward(group.episodes), strict=True):
+        with self.runner.activity.during("reward"):
+            judged = self.axes.reward(group.episodes)
+        for episode, rewards in zip(group.episodes, judged, strict=True):
             episode.rewards = rewards
             if not math.isfinite(episode.reward):
                 raise UserError(f"reward: {rewards} of prompt {episode.prompt_id} is not finite; mend it")

@@ -25,6 +25,7 @@ from training.config import TrainingConfig
 from training.journal import Journal
 from training.models import load_policy
 from training.ranks import Ranks
+from training.report import page
 from training.run_directory import RunDirectory
 from training.together import Together
 from training.warm_start import warm_start
@@ -85,7 +86,8 @@ class Run:
         self.policy = build.make_policy(cfg, engine_of_episodes, self.tokenizer)
         self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
         self.sync = build.EngineSync(cfg, self.runner, engine_of_episodes, self.model, probe_ids)
-        self.journal = Journal(directory.path)
+        self.journal = Journal(directory.path, self.tokenizer.decode)
+        stack.callback(self.journal.flush)  # a step that failed is the one to look at
 
     def train(self) -> None:
         """Evaluate, train and evaluate again; a resumed run goes on where its last whole checkpoint stands."""
@@ -212,5 +214,6 @@ def finish(cfg: TrainingConfig, directory: RunDirectory, seconds: float) -> dict
     history = last is not None and (last / success_history.FILE).exists()
     if history and (spent := success_history.SuccessHistory.read(last).spent()):
         plots.plot_budget(spent, directory.path / "budget.png")
+    page.write(directory.path)
     summary.show(result, directory, cfg)
     return result

@@ -22,6 +22,7 @@ from training.rewards import Remembers
 from training.rewards.adacot import decision_mask
 from training.rollouts import Rollouts, Round
 from training.settings import BatchConfig
+from training.timing import rollout_seconds
 
 
 class Member(NamedTuple):
@@ -60,7 +61,8 @@ class RolloutStream:
     ``sync`` brings the engine to the trainer's weights and returns their version; ``anchor`` gives the trainer's own
     log-probs of micro-batches, and is None where the ratio is taken against the engine's. ``on_round`` sees the
     groups with their estimates, for logs; ``on_warm_up`` each round that trains the critic alone. ``engine_steps``
-    counts those of the engine. Sequences with zero advantage everywhere have no gradient: they keep their share of the
+    counts those of the engine. ``on_scored`` gets the trainer's log-probs of micro-batches where they are known before
+    the first update on them. Sequences with zero advantage everywhere have no gradient: they keep their share of the
     denominators but are not computed, unless ``keep_zero``. ``think_id``: the decision after this token gets no policy
     loss (AdaCoT's Selective Loss Masking); None: every own token gets one. ``processes``: that micro-batches are for.
     """
@@ -78,6 +80,7 @@ class RolloutStream:
         critic: ValueModel | None = None,
         on_round: Callable[[list[Group], list[list[Estimate]]], None] = lambda groups, estimates: None,
         on_warm_up: Callable[[int, dict[str, float]], None] = lambda round, metrics: None,
+        on_scored: Callable[[list[MicroBatch], list[torch.Tensor]], None] = lambda micro_batches, logprobs: None,
         engine_steps: Callable[[], int] | None = None,
         keep_zero: bool = False,
         think_id: int | None = None,
@@ -89,7 +92,9 @@ class RolloutStream:
         self.sync, self.anchor, self.critic = sync, anchor, critic
         self.on_round, self.on_warm_up, self.engine_steps = on_round, on_warm_up, engine_steps
         self.keep_zero, self.think_id, self.processes = keep_zero, think_id, processes
+        self.on_scored = on_scored
         self.rounds = 0
+        self.warm_up_seconds = 0.0  # since the last row of metrics
         self.pending: deque[StepBatch] = deque()
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -125,11 +130,15 @@ class RolloutStream:
         start = time.monotonic()
         version = self.sync()
         synced, steps = time.monotonic(), self.engine_steps() if self.engine_steps else 0
+        activity = self.rollouts.source.runner.activity
+        before = activity.seconds()
         played = self.rollouts.play(version)
+        elapsed = time.monotonic() - synced
         metrics = round_metrics(played)
-        metrics["time/sync"], metrics["time/generate"] = synced - start, time.monotonic() - synced
+        metrics |= rollout_seconds(before, activity.seconds(), elapsed, ahead=self.rollouts.ahead)
+        metrics["time/sync"] = synced - start
         if not self.rollouts.ahead:  # else it was played while the trainer worked, and this is only what was waited for
-            metrics["rollout/tokens_per_second"] = played.tokens / metrics["time/generate"]
+            metrics["rollout/tokens_per_second"] = played.tokens / elapsed
         if self.engine_steps and not self.rollouts.ahead:
             metrics["rollout/engine_steps"] = float(self.engine_steps() - steps)
             metrics["rollout/occupancy"] = played.tokens / max(metrics["rollout/engine_steps"] * played.slots, 1.0)
@@ -139,15 +148,21 @@ class RolloutStream:
             for step in self._value_steps(groups, self.critic.config, self.critic.config.warmup_epochs):
                 metrics |= self.critic.step(step)
             self.rounds += 1
+            self.warm_up_seconds += time.monotonic() - start
             self.on_warm_up(self.rounds, metrics)
             return
         self.pending.extend(self._steps(groups))
         if self.anchor is not None and len(self.pending) > 1:
             # With one step a round the trainer's log-probs at that step are the anchor: nothing to recompute.
+            anchoring = time.monotonic()
             for step in self.pending:
                 step["anchors"] = self.anchor(step["micro_batches"])
+                self.on_scored(step["micro_batches"], step["anchors"])
+            metrics["time/anchor"] = time.monotonic() - anchoring
         if self.critic is not None:
             self.pending[0]["critic"] = self._value_steps(groups, self.critic.config, self.critic.config.epochs)
+        if self.warm_up_seconds:
+            metrics["time/warm_up"], self.warm_up_seconds = self.warm_up_seconds, 0.0
         self.pending[0]["metrics"] = metrics
         self.rounds += 1
 
@@ -278,12 +293,15 @@ def round_metrics(played: Round) -> dict[str, float]:
     varied = [group for group in seen if len({episode.reward for episode in group.episodes}) > 1]
     succeeded = [[episode.success for episode in group.episodes] for group in seen if group.episodes]
     turns = [turn for episode in episodes for turn in episode.turns]
+    asked = max(sum(episode.prompt_tokens for episode in episodes), 1)
     metrics |= {
         "reward": sum(e.reward for e in episodes) / n,
         "success": sum(e.success for e in episodes) / n,
         "rollout/tokens_per_episode": sum(e.own_tokens for e in episodes) / n,
         "rollout/turns": len(turns) / n,
         "rollout/tool_calls": sum(len(e.tool_results) for e in episodes) / n,
+        "rollout/tool_seconds": sum(r.seconds for e in episodes for r in e.tool_results) / n,
+        "rollout/cache_hit_rate": sum(e.cached_tokens for e in episodes) / asked,
         "rollout/tool_errors": sum(r.error for e in episodes for r in e.tool_results) / n,
         "rollout/thinking": sum(e.thought for e in episodes) / n,
         "rollout/ill_formed": sum(not turn.well_formed for turn in turns) / max(len(turns), 1),

@@ -39,6 +39,7 @@ def show(result: dict[str, Any], directory: RunDirectory, cfg: TrainingConfig) -
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds_by_stage"].items())
     console.print(f"{result['seconds_total']:.0f} s in all: {seconds}", highlight=False)
     console.print(f"pictures: {'  '.join(map(str, sorted(run_dir.glob('*.png'))))}", highlight=False)
+    console.print(f"report: {run_dir / 'report.html'}", highlight=False)
     last = checkpoint.latest(directory.checkpoints)
     if last is not None:
         console.print("next:", highlight=False)

@@ -26,14 +26,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rollout.errors import UserError
 from rollout.scheduling.files import LATENCIES
 from training import checkpoint
+from training.callbacks import UpdateCallback
 from training.corrections import Correction, Stats
 from training.critic import Critic
+from training.flops import TrainingWork, peak_flops, rates
 from training.head import token_logprobs
 from training.losses import PolicyLoss
 from training.objective import means, policy_objective, reduce
 from training.packing import MicroBatch
 from training.ranks import Ranks
 from training.stream import RolloutStream, StepBatch
+from training.timing import remaining
 
 
 @dataclass
@@ -64,6 +67,9 @@ class RolloutTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
+        self.add_callback(UpdateCallback(self._updated))
+        self.work = TrainingWork.of(model)
+        self._scored: list[torch.Tensor] = []
         self.objective = objective
         self.critic: Critic | None = None  # set by the builder: it takes the trainer's devices and processes
         self.checkpoints, self.keep_last, self.ranks = checkpoints, keep_last, ranks
@@ -98,6 +104,7 @@ class RolloutTrainer(Trainer):
         micro_batches, anchors = inputs["micro_batches"], inputs["anchors"]
         total = torch.zeros((), device=self.args.device)
         stats = []
+        self._scored = []
         for i, micro_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -118,11 +125,15 @@ class RolloutTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is {total.item()}; the last checkpoint is untouched: "
                 "lower optimizer.learning_rate or look at mismatch_max in metrics.jsonl"
             )
-        now = time.monotonic()
+        if inputs["metrics"]:  # the first step of a round: the policy is still the one that sampled
+            self.stream.on_scored(micro_batches, self._scored)
+        now = self._trained = time.monotonic()
         self._metrics = inputs["metrics"] | critic
         self._metrics |= {"time/train": now - trained, "time/step": now - self._step_end}
         if self.critic is not None:
             self._metrics["time/critic"] = trained - start
+        self._tokens = sum(int((batch.sequence_ids >= 0).sum()) for batch in micro_batches)
+        self._flops = None if self.work is None else self.work.flops(micro_batches)
         if stats:
             policy = means(reduce(self._of_all_ranks(reduce(stats))))
             del policy["loss"]  # Trainer logs it
@@ -159,6 +170,7 @@ class RolloutTrainer(Trainer):
         self, model: torch.nn.Module, micro_batch: MicroBatch, anchor: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logprobs, entropy = token_logprobs(model, micro_batch)
+        self._scored.append(logprobs.detach() if anchor is None else anchor)
         objective = self.objective
         if objective.recomputed and anchor is None:
             anchor = logprobs.detach()  # the only step of its round: the policy is still the one that sampled
@@ -190,7 +202,20 @@ class RolloutTrainer(Trainer):
         if "loss" in logs:
             self._step_end = time.monotonic()
             logs = {**logs, **self._metrics, "time/elapsed": self._step_end - self._start}
+            logs |= {"time/other": remaining(logs)} | self._rates(logs["time/train"])
         super().log(logs, start_time)
+
+    def _updated(self) -> None:
+        """The optimizer's own step belongs to training."""
+        seconds = time.monotonic() - self._trained
+        for name in ("time/train", "time/step"):
+            self._metrics[name] += seconds
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        """How fast the last step trained, on this process's device."""
+        device = self.args.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return rates(self._tokens, self._flops, seconds, peak)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Everything that a run is, whole or not at all: written beside its place and renamed into it.

@@ -21,6 +21,7 @@ from rollout.scheduling.latency import ToolLatencies
 from rollout.scheduling.metrics import read_snapshot
 from tests.training.launch import SMALL, context, train
 from training.success_history import SuccessHistory
+from training.timing import PARTS
 
 
 def run(overrides: list[str], log: Path, before: object = None) -> tuple[int | None, str]:
@@ -60,7 +61,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json", "engine.log", "reward.png"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "episodes.jsonl",
+        "summary.json",
+        "engine.log",
+        "reward.png",
+        "report.html",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-2", "step-4", "warm_start"]
     assert list((finished / "tensorboard").glob("events*"))
@@ -166,6 +175,27 @@ def test_the_checkpoint_is_an_ordinary_folder(finished: Path) -> None:
 def test_episodes_can_be_read(finished: Path) -> None:
     rows = read_jsonl(finished / "episodes.jsonl")
     assert {"step", "advantage", "prompt_id", "success", "rewards", "turns", "status"} <= rows[0].keys()
+
+
+def test_the_parts_of_a_step_make_up_its_seconds(finished: Path) -> None:
+    rows = read_jsonl(finished / "metrics.jsonl")
+    for row in rows:
+        parts = {part: row.get(f"time/{part}", 0.0) for part in PARTS}
+        assert sum(parts.values()) == pytest.approx(row["time/step"]) and min(parts.values()) >= 0
+        assert parts["train"] > 0 and row["train/flops"] > 0 and "train/mfu" not in row, "a CPU has no peak"
+        assert row["train/tokens_per_second"] > 0
+    for row in rows[::2]:  # the first of each round
+        assert min(row["time/generate"], row["time/sync"], row["time/anchor"]) > 0
+        assert 0 <= row["rollout/cache_hit_rate"] <= 1 and row["rollout/tool_seconds"] >= 0
+    assert rows[-1]["time/elapsed"] >= sum(row["time/step"] for row in rows)
+
+
+def test_logged_tokens_know_what_the_recomputed_anchor_says_of_them(finished: Path) -> None:
+    turns = [turn for row in read_jsonl(finished / "episodes.jsonl") for turn in row["turns"]]
+    known = [turn["tokens"] for turn in turns if "difference" in turn["tokens"]]
+    assert known and all(len(tokens["text"]) == len(tokens["engine"]) == len(tokens["difference"]) for tokens in known)
+    differences = [abs(value) for tokens in known for value in tokens["difference"]]
+    assert 0 < max(differences) < 1e-3, "of both steps of each round, before the first update"
 
 
 def test_a_run_is_never_overwritten_unasked(finished: Path, tmp_path: Path) -> None:
