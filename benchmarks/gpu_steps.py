@@ -133,8 +133,8 @@ def fit(architecture: str, times: list[list[Any]]) -> Roofline:
     """Bandwidth, peak and overhead by least squares of relative errors.
 
     Steps are bound by memory or by arithmetic: given which, seconds are linear in 1/bandwidth, 1/peak and overhead.
-    Starts from the preset's split and repeats until it stays; what comes out negative is left out (a bandwidth or peak is
-    then without bound, an overhead 0).
+    Starts from the preset's split and repeats until it stays; what comes out negative is left out (a bandwidth or peak
+    is then without bound, an overhead 0).
     """
     works = [work(*row[:3]) for row in times]
     seconds = np.array([row[3] for row in times])
