@@ -22,10 +22,11 @@ def gpu(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks.gpu", *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=290)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=580)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", ["train", "shapes", "steps"])
 def test_every_part_runs_without_vllm_and_deepspeed(part: str, tmp_path: Path) -> None:
     done = gpu(tmp_path, "--quick", "--part", part)
