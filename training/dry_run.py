@@ -52,6 +52,8 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
         master=deepspeed and trained == 2,
         moment_bytes=4 if deepspeed else trained,
         adapter_bytes=adapter,
+        autocast=bool(cfg.trainer.get("bf16")) and not deepspeed and strategy != "fsdp",
+        masked=_masked(cfg),
         checkpointing=bool(cfg.trainer.get("gradient_checkpointing")),
         max_tokens=cfg.batch.max_tokens,
         reference=cfg.kl.coef > 0,
@@ -68,6 +70,13 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
         minibatches=cfg.batch.minibatches,
         epochs=cfg.batch.epochs,
     )
+
+
+def _masked(cfg: TrainingConfig) -> int:
+    """Tokens of a row in which SDPA must keep sequences apart; other attention takes their boundaries."""
+    if cfg.model.attention != "sdpa" or cfg.batch.row_tokens == 1:
+        return 0
+    return min(cfg.batch.row_tokens or cfg.batch.max_tokens, cfg.batch.max_tokens)
 
 
 def _architecture(cfg: TrainingConfig) -> dict[str, Any]:

@@ -40,6 +40,12 @@ class Shape:
     layer_parameters: int
     adapter: int = 0
     rank: int = 0
+    tied: bool = False
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of a layer's linears: all but the gains of its norms."""
+        return self.layer_parameters - 2 * self.hidden - (2 * self.query // self.heads if self.qk_norm else 0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class PlanInput:
     keeps float32 weights beside bfloat16 ones (DeepSpeed). ``moment_bytes`` of each of AdamW's two moments. ``critic``:
     the shape of a value model, whole and trained as the policy is; it steps first, and its gradients are gone by then.
     ``adapter_bytes`` of an adapter's weight: peft makes them float32, DeepSpeed's bfloat16 turns them back.
+    ``autocast``: torch casts to the compute type, operation by operation (``trainer.bf16`` without DeepSpeed and FSDP);
+    else weights and activations have it. ``masked``: length of rows in which SDPA keeps packed sequences apart by a
+    mask; 0 where attention is of variable length, or a row holds one sequence.
     """
 
     shape: Shape
@@ -82,6 +91,13 @@ class PlanInput:
     epochs: int = 1
     adapter_bytes: int = FLOAT32
     critic: Shape | None = None
+    autocast: bool = False
+    masked: int = 0
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of an element of the residual stream: the embedding's, which autocast leaves alone."""
+        return self.weight_bytes if self.autocast else self.compute_bytes
 
 
 @dataclass
@@ -145,6 +161,7 @@ def build_shape(architecture: dict[str, Any], *, lora: dict[str, Any] | None = N
         layer_parameters=layer,
         adapter=adapter,
         rank=lora["r"] if lora else 0,
+        tied=bool(config.tie_word_embeddings),
     )
 
 
@@ -195,51 +212,91 @@ def gathered(p: PlanInput) -> int:
     return 0
 
 
-def layer_activations(s: Shape, element_bytes: int, adapter_bytes: int = FLOAT32) -> int:
-    """Bytes per token that one decoder layer saves for its backward, with a fused attention that keeps no T × T matrix.
+def layer_activations(p: PlanInput) -> int:
+    """Bytes per token that one decoder layer saves for its backward; attention keeps no matrix of its own.
 
-    A norm over n numbers keeps its float32 input (4n), 1/rms (4) and, where its gain trains, its value (bn). Linears
-    keep their inputs: b(2h) for attention and MLP, b(mlp) for the last. SwiGLU keeps gate, its SiLU and up: 3b(mlp).
-    Attention keeps q, k, v, its output (the last projection's input) and a float32 log-sum-exp a head. LoRA on every
-    linear keeps rank numbers more for each of seven, and frozen gains keep no value. Where its type is not the compute
-    type, each of the seven keeps an input of its own in that type, and the frozen linears none.
+    A norm over n numbers keeps its float32 input (4n), 1/rms (4) and, where its gain trains, its value in the type
+    that came in: r, the residual stream's, or b, the compute type, in q and k. Linears keep their inputs: b(2h) for
+    attention and MLP, b(mlp) for the last. SwiGLU keeps gate, its SiLU and up: 3b(mlp). Attention keeps q, k, v, its
+    output (the last projection's input) and a float32 log-sum-exp a head; a mask has it repeat k and v for every head,
+    and keep the mask as numbers, b for each token of the row. LoRA on every linear keeps rank numbers more for each of
+    seven, and frozen gains keep no value. Where it casts, each of the seven keeps an input of its own, and the frozen
+    linears none; where autocast casts a float32 stream, each of five linears keeps an input of its own.
     """
-    b = element_bytes
-    gain = 0 if s.adapter else b
-    norms = 2 * (FLOAT32 + gain) * s.hidden + 2 * FLOAT32
+    s, b = p.shape, p.compute_bytes
+    frozen = s.adapter > 0
+    adapter = b if p.autocast else p.adapter_bytes
+    norms = 2 * (FLOAT32 + (0 if frozen else p.residual_bytes)) * s.hidden + 2 * FLOAT32
     if s.qk_norm:  # one norm for every head of q and k
-        norms += (FLOAT32 + gain) * (s.query + s.key) + FLOAT32 * s.heads * (s.query + s.key) // s.query
-    linears = b * (2 * s.hidden + s.mlp)
-    if s.adapter and adapter_bytes != b:
-        linears = adapter_bytes * (5 * s.hidden + s.query + s.mlp)
+        norms += (FLOAT32 + (0 if frozen else b)) * (s.query + s.key)
+        norms += FLOAT32 * s.heads * (s.query + s.key) // s.query
+    if frozen and p.adapter_bytes != b:
+        linears = adapter * (5 * s.hidden + s.query + s.mlp)
+    else:
+        linears = b * ((5 if p.residual_bytes != b else 2) * s.hidden + s.mlp)
     attention = b * 2 * (s.query + s.key) + FLOAT32 * s.heads
-    return norms + linears + 7 * adapter_bytes * s.rank + attention + 3 * b * s.mlp
+    if p.masked:
+        attention += b * (2 * (s.query - s.key) + p.masked)
+    return norms + linears + 7 * adapter * s.rank + attention + 3 * b * s.mlp
+
+
+def cast_weights(p: PlanInput) -> int:
+    """Bytes of a layer's weights in the compute type, where autocast copies them."""
+    if not p.autocast:
+        return 0
+    own = p.shape.layer_matrices if p.weight_bytes != p.compute_bytes else 0
+    return p.compute_bytes * (own + p.shape.adapter // p.shape.layers)
 
 
 def kept_activations(p: PlanInput) -> int:
-    """What all layers keep until the backward reaches them: T × layers × (b·hidden with checkpointing, else all)."""
-    each = (
-        p.compute_bytes * p.shape.hidden
-        if p.checkpointing
-        else layer_activations(p.shape, p.compute_bytes, p.adapter_bytes)
-    )
-    return p.max_tokens * p.shape.layers * each
+    """What all layers keep until the backward reaches them: T × layers × (r·hidden with checkpointing, else all)."""
+    if p.checkpointing:
+        return p.max_tokens * p.shape.layers * p.residual_bytes * p.shape.hidden
+    return p.shape.layers * (p.max_tokens * layer_activations(p) + cast_weights(p))
+
+
+def mask(p: PlanInput) -> int:
+    """The mask of a micro-batch, a byte for each pair of a row's tokens; all layers share it."""
+    return p.max_tokens * p.masked
 
 
 def layer_work(p: PlanInput) -> int:
-    """The backward of one layer: its recomputed activations (checkpointing), and three gradients of the MLP's width."""
-    recomputed = layer_activations(p.shape, p.compute_bytes, p.adapter_bytes) if p.checkpointing else 0
-    return p.max_tokens * (recomputed + p.compute_bytes * (3 * p.shape.mlp + p.shape.hidden))
+    """The backward of one layer: its recomputed activations and casts (checkpointing), two gradients of the MLP's and
+    two of the residual stream's width, one more of the MLP's from its adapter in that one's type, and the gradient of a
+    tied head, which waits for the embedding's."""
+    s = p.shape
+    recomputed = p.max_tokens * layer_activations(p) + cast_weights(p) if p.checkpointing else 0
+    adapter = p.adapter_bytes * s.mlp if s.adapter else 0
+    gradients = p.max_tokens * (2 * p.compute_bytes * (s.mlp + s.hidden) + adapter)
+    waits = p.weight_bytes * s.vocabulary * s.hidden if s.tied and not s.adapter else 0
+    return recomputed + gradients + waits
 
 
 def head_work(p: PlanInput) -> int:
-    """The fused head's backward: one tile of logits, hidden states with a float32 gradient and its cast, and, where
-    the head trains, a float32 gradient of its weight and its cast. Counts every token as the policy's own."""
-    s, b = p.shape, p.compute_bytes
-    tile = b * min(p.max_tokens, HEAD_TILE[0]) * min(s.vocabulary, HEAD_TILE[1])
-    hidden = p.max_tokens * s.hidden * (FLOAT32 + 2 * b)
-    weight = 0 if s.adapter else s.vocabulary * s.hidden * (FLOAT32 + b)
-    return tile + hidden + weight
+    """The fused head's backward: a tile of logits and the weights behind it, hidden states with a float32 gradient and
+    its cast, what the last norm keeps, and, where the head trains, a float32 gradient of its weight and its cast.
+    Counts every token as the policy's own."""
+    s, r = p.shape, p.residual_bytes
+    hidden = p.max_tokens * s.hidden * (r + FLOAT32 + (r if r != FLOAT32 else 0))
+    norm = p.max_tokens * s.hidden * (FLOAT32 + (0 if s.adapter else r))
+    weight = 0 if s.adapter else s.vocabulary * s.hidden * (FLOAT32 + (p.weight_bytes if p.weight_bytes != 4 else 0))
+    return head_tile(p) + hidden + norm + weight
+
+
+def head_tile(p: PlanInput) -> int:
+    """Bytes of one tile of logits; its buffer has full width for small vocabularies too."""
+    cast = p.compute_bytes * HEAD_TILE[1] * p.shape.hidden if p.weight_bytes != p.compute_bytes else 0
+    return p.compute_bytes * min(p.max_tokens, HEAD_TILE[0]) * HEAD_TILE[1] + cast
+
+
+def forward_work(p: PlanInput) -> int:
+    """The end of a forward under autocast, which holds the copies of all weights until then: those, the head's first
+    tile, hidden states twice and what the last norm keeps."""
+    if not p.autocast:
+        return 0
+    kept = 0 if not p.checkpointing else p.shape.layers * cast_weights(p)
+    norm = FLOAT32 + (0 if p.shape.adapter else p.residual_bytes)
+    return kept + head_tile(p) + p.max_tokens * p.shape.hidden * (2 * p.residual_bytes + norm)
 
 
 def kv_bytes_per_token(s: Shape, element_bytes: int) -> int:
@@ -275,7 +332,8 @@ def plan(p: PlanInput) -> Plan:
             "gradients": max(states["gradients"], value_states.get("gradients", 0)),
             "gathered weights": max(map(gathered, steps)),
             "kept activations": max(map(kept_activations, steps)),
-            "layer or head at work": max(head_work(p), *map(layer_work, steps)),
+            **({"attention mask": mask(p)} if p.masked else {}),
+            "layer or head at work": max(head_work(p), *map(layer_work, steps), *map(forward_work, steps)),
             **({"engine asleep": ENGINE_ASLEEP} if shared else {}),
             "reserve": RESERVE,
         },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +57,16 @@ class TransformersEngine(ThreadedEngine):
         self._model.to(device).eval().requires_grad_(False)
         # Scores come from a second set of modules on the same parameters, since batching changes the attention.
         self._scorer = copy.deepcopy(self._model, {id(p): p for p in self._model.parameters()})
+        # A float32 engine cannot run on flash attention, which some versions take wherever they find it.
+        names = {field.name for field in fields(ContinuousBatchingConfig)}
+        chosen = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in names else {}
+        if not chosen:
+            self._model.set_attn_implementation("paged|sdpa")
+        pages = "page_size" if "page_size" in names else "block_size"
         self._manager = self._model.init_continuous_batching(
             # A processor exists only where the default is not neutral; every request then brings its temperature.
             GenerationConfig(do_sample=True, temperature=0.5, top_k=0, top_p=1.0, eos_token_id=-1, max_new_tokens=1),
             ContinuousBatchingConfig(
-                page_size=config.block_size,
                 num_blocks=config.num_blocks,
                 max_batch_tokens=config.max_num_batched_tokens,
                 max_requests_per_batch=config.max_num_seqs,
@@ -68,6 +74,8 @@ class TransformersEngine(ThreadedEngine):
                 use_async_batching=False,
                 return_logprobs=True,
                 per_request_processors=True,
+                **{pages: config.block_size},
+                **chosen,
             ),
         )
         self._batches = self._manager._create_batch_processor()
@@ -122,6 +130,8 @@ class TransformersEngine(ThreadedEngine):
                 if name not in parameters:
                     raise UserError(f"engine: the model has no weight {name!r}; send transformers' names")
                 parameters[name].copy_(tensor)
+        if torch.cuda.is_available():  # batches are computed on a stream of their own, which would not wait
+            torch.cuda.synchronize()
         for key, running in self._running.items():
             state = self._state(key)
             written = 0 if state is None else len(state.to_generation_output().generated_tokens)

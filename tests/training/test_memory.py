@@ -1,18 +1,25 @@
 """The memory plan against real models: parameters, gradients, optimizer and saved activations, byte by byte."""
 
 import itertools
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout.errors import UserError
 from training import memory
+from training.head import attach_head, token_logprobs
 from training.memory import GIB, EnginePlan, PlanInput, Shape
+from training.packing import TrainSequence, pack
 
 LORA = {"r": 8, "target_modules": "all-linear"}
 
@@ -76,8 +83,12 @@ def test_model_states_equal_those_of_a_real_model_after_a_step(tied, lora):
     }
 
 
-def saved_bytes(numbers: dict, dtype: torch.dtype, tokens: int, checkpointing: bool, *adapter) -> int:
-    """Bytes that autograd keeps after a forward of the decoder, each storage once, parameters and buffers not."""
+def saved_bytes(
+    numbers: dict, dtype: torch.dtype, tokens: int, checkpointing: bool, *adapter, autocast: bool = False, rows: int = 1
+) -> int:
+    """Bytes that autograd keeps after a forward of the decoder, each storage once, parameters and buffers not.
+
+    ``rows``: sequences that are packed into the one row, which SDPA keeps apart by a mask."""
     model = real_model(numbers, dtype, *adapter)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,8 +101,10 @@ def saved_bytes(numbers: dict, dtype: torch.dtype, tokens: int, checkpointing: b
         saved[tensor.untyped_storage().data_ptr()] = tensor  # holding it keeps the address from being used again
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        decoder(input_ids=torch.randint(0, 256, (1, tokens)), use_cache=False)
+    positions = torch.arange(tokens // rows).repeat(rows)[None]
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        decoder(input_ids=torch.randint(0, 256, (1, tokens)), position_ids=positions, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)
 
 
@@ -116,6 +129,113 @@ def test_activations_of_a_layer_equal_what_autograd_saves(dtype, lora, adapter, 
         shape, compute_bytes=dtype.itemsize, adapter_bytes=adapter, max_tokens=tokens, checkpointing=checkpointing
     )
     assert deep - shallow == memory.kept_activations(planned)
+
+
+@pytest.mark.parametrize("dtype, lora", [(torch.float32, None), (torch.bfloat16, LORA)], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all", "checkpointing"])
+def test_activations_under_autocast_equal_what_autograd_saves(dtype, lora, checkpointing):
+    """float32 weights leave a float32 residual stream behind, and copies of themselves in 16 bits."""
+    tokens = 96
+    deep, shallow = (saved_bytes(architecture(n), dtype, tokens, checkpointing, lora, autocast=True) for n in (5, 2))
+    planned = inputs(
+        memory.build_shape(architecture(3), lora=lora),
+        weight_bytes=dtype.itemsize,
+        compute_bytes=2,
+        autocast=True,
+        max_tokens=tokens,
+        checkpointing=checkpointing,
+    )
+    assert deep - shallow == memory.kept_activations(planned)
+
+
+def test_a_mask_costs_its_numbers_in_every_layer_and_repeated_keys_and_values():
+    tokens = 96
+    deep, shallow = (saved_bytes(architecture(n), torch.bfloat16, tokens, False, rows=2) for n in (5, 2))
+    planned = inputs(memory.build_shape(architecture(3)), compute_bytes=2, max_tokens=tokens, masked=tokens)
+    assert deep - shallow == memory.kept_activations(planned)
+    assert memory.mask(planned) == tokens**2
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that live, and the most that ever did."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self.see(tensor)
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key)
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return made
+
+
+@pytest.mark.parametrize(
+    "dtype, lora, autocast, tied",
+    [
+        (torch.float32, None, True, True),
+        (torch.float32, None, False, False),
+        (torch.bfloat16, None, False, False),
+        (torch.bfloat16, LORA, True, False),
+    ],
+    ids=["full in autocast", "full in float32", "full in bfloat16", "lora in autocast"],
+)
+def test_the_plan_is_within_a_tenth_of_what_a_whole_step_holds(dtype, lora, autocast, tied, monkeypatch):
+    """Two micro-batches, checkpointing, AdamW; the head's tiles are small, as for the GPU's they are beside a layer."""
+    tile = 64
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", tile)
+    monkeypatch.setattr(memory, "HEAD_TILE", (memory.HEAD_TILE[0], tile))
+    tokens, length = 512, 128
+    numbers = architecture(6, hidden_size=128, intermediate_size=384, vocab_size=1024, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**numbers), dtype=dtype, attn_implementation="sdpa")
+    attach_head(model)
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    zeros, own = np.zeros(length), np.arange(length) > 0
+    sequences = [TrainSequence(np.arange(length), own, zeros, zeros, zeros, i, zeros) for i in range(tokens // length)]
+    (batch,) = pack(sequences, max_tokens=tokens, row_tokens=1, pad_id=0)
+    with Live([*model.parameters(), *model.buffers()]) as live:
+        for _ in range(2):
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    logprobs, _ = token_logprobs(model, batch)
+                logprobs.sum().backward()
+                del logprobs, _
+            optimizer.step()
+            optimizer.zero_grad()
+    planned = inputs(
+        memory.build_shape(numbers, lora=lora),
+        weight_bytes=dtype.itemsize,
+        compute_bytes=4 if dtype == torch.float32 and not autocast else 2,
+        moment_bytes=4 if lora else dtype.itemsize,
+        autocast=autocast,
+        checkpointing=True,
+        max_tokens=tokens,
+    )
+    parts = memory.plan(planned).phases[1].parts
+    total = sum(size for name, size in parts.items() if name not in ("reserve", "engine asleep"))
+    assert 0.9 <= total / live.peak <= 1.1, parts
 
 
 def test_qwen3_8b_is_counted_from_its_numbers():
