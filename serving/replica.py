@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Callable
 
@@ -70,9 +71,13 @@ class Replica:
     async def _replace(self, session: aiohttp.ClientSession, console: Console, start_timeout: float) -> bool:
         self.up = False
         code = self.server.process.poll()
-        cause = "its engine failed or hangs" if code is None else f"it ended with code {code}"
         self.server.kill()
-        console.print(f"replica {self.index}   {cause}: {self.server.last_words()}; starting it again", markup=False)
+        if code is not None and code < 0:
+            cause = f"was killed by {signal.Signals(-code).name}"
+        else:
+            ended = "failed or hangs" if code is None else f"ended with code {code}"
+            cause = f"{ended}: {self.server.last_words()}"
+        console.print(f"replica {self.index}   {cause}; starting it again (log: {self.server.log})", markup=False)
         for failed in range(STARTS):
             await asyncio.sleep(PAUSE_S * failed)
             start = time.monotonic()

@@ -88,6 +88,9 @@ class Replicas:
                 await runner.cleanup()
 
     def stop(self, timeout: float) -> None:
-        """``Server.stop`` for all at the same time."""
+        """``Server.stop`` for all at the same time; those that still start have no request to finish."""
         self._listener.close()
+        for replica in self._replicas:
+            if not replica.up:
+                replica.server.kill()
         stop_all([replica.server for replica in self._replicas], timeout)
