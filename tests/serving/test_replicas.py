@@ -275,23 +275,3 @@ def test_a_taken_port_is_told_in_one_line(checkpoint: Path, tmp_path: Path) -> N
     assert serving.process.returncode == 2
     assert printed.count("\n") == 1
     assert f"port: 127.0.0.1:{port} cannot be used (Address already in use); give another port=" in printed
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("replicas=0", "replicas: 0 must be at least 1"),
-        ("+extra.ssl-keyfile=k", "extra.ssl-keyfile: replicas answer by plain HTTP; put a TLS proxy before them"),
-        ("+extra.device_ids=1", "extra.device_ids: each replica has its own; set CUDA_VISIBLE_DEVICES"),
-    ],
-)
-def test_bad_settings_are_refused(override: str, message: str) -> None:
-    from hydra import compose, initialize_config_dir
-
-    from rollout.errors import UserError
-    from rollout.hydra import conf_dir, to_object
-
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = to_object(compose("serving", ["checkpoint=x", "replicas=2", "run_dir=x", override]))
-    with pytest.raises(UserError, match=re.escape(message)):
-        config.check()
