@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -14,15 +16,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rollout import checkpoint as checkpoints
-from rollout.config import PROGRAM_SCHEDULER, SchedulerConfig
+from rollout.config import PROGRAM_SCHEDULER
 from rollout.errors import UserError
 from rollout.hydra import conf_dir, guarded, run_command, to_object
-from rollout.scheduling.files import with_files
 from rollout.scheduling.options import Options
 from serving import config as schema
 from serving.command import server_command
 from serving.parsers import OURS, Parsers, choose
-from serving.server import Server, base_url, free_port
+from serving.plan import Plan, plan
+from serving.server import Server, base_url, bound
+
+if TYPE_CHECKING:
+    from serving.replicas import Replicas
 
 schema.register()
 
@@ -50,35 +55,48 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     """Check everything that can be checked cheaply, then start vLLM and stay until told to stop."""
     checkpoint = checkpoints.read(config.checkpoint)
     cpu = runs_on_cpu()
-    config = dataclasses.replace(config, port=free_port(config.host, config.port))
+    listener = bound(config.host, config.port)
+    config = dataclasses.replace(config, port=listener.getsockname()[1])
     parsers = choose_parsers(config, checkpoint)
     name = config.name or checkpoint.path.name
     run_dir = Path(config.run_dir).resolve()
-    if config.scheduler.policy is not None:
-        options, variables = with_files(config.scheduler.options, checkpoint=checkpoint.path, run_dir=run_dir)
-        os.environ.update(variables)
-        config = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, options=options))
     template = None
     if parsers.template is not None:
         template = run_dir / "chat_template.jinja"
         run_dir.mkdir(parents=True, exist_ok=True)
         template.write_text(parsers.template, encoding="utf-8")
     url = base_url(config.host, config.port)
+    plans = [plan(config, checkpoint.path, run_dir, replica) for replica in range(config.replicas)]
     console.print(f"checkpoint  {checkpoint.path} ({checkpoint.model_type}), served as {name}", markup=False)
     console.print(f"parsers     tool calls: {parsers.tool or 'none'}, reasoning: {parsers.reasoning or 'none'}")
     if not checkpoint.template:
         console.print("            no chat template: only /v1/completions will answer")
-    console.print(f"scheduler   {scheduler_line(config.scheduler)}", markup=False)
-    console.print(f"engine log  {run_dir / 'engine.log'}", markup=False)
+    *_, scheduler = [scheduler_line(each) for each in plans]
+    console.print(f"scheduler   {scheduler}", markup=False)
+    for each in plans:
+        console.print(f"engine log  {each.log}", markup=False)
 
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, signal.default_int_handler)
-    command = server_command(config, checkpoint.path, name, parsers, template, cpu=cpu)
     # nobind: vLLM would bind its threads to core 0 and reserve core 1, which slows every second process of a machine
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     # vLLM closes idle connections after 5 s, when clients give them up too: a request after such a pause may get lost
     environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
-    server = Server(command, environment, url, run_dir / "engine.log")
+
+    def launch(each: Plan, host: str, port: int) -> Server:
+        own = dataclasses.replace(config, host=host, port=port, scheduler=each.scheduler)
+        command = server_command(own, checkpoint.path, name, parsers, template, cpu=cpu, replica=each.replica)
+        return Server(command, environment | each.variables, base_url(host, port), each.log)
+
+    server: Server | Replicas
+    if config.replicas == 1:
+        listener.close()
+        server = launch(plans[0], config.host, config.port)
+    else:
+        from serving.replicas import Replicas  # the libraries of the router come with vLLM
+
+        launches = [functools.partial(launch, each) for each in plans]
+        server = Replicas(launches, listener, config.start_timeout_s, console)
     ready = False
     try:
         wait_ready(server, config.start_timeout_s, console)
@@ -96,15 +114,17 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     console.print("stopped")
 
 
-def scheduler_line(scheduler: SchedulerConfig) -> str:
-    """What orders requests, and what it starts from."""
+def scheduler_line(each: Plan) -> str:
+    """What orders requests, and what it starts from. Raises UserError for options that its engine would refuse."""
+    scheduler = each.scheduler
     if scheduler.cls != PROGRAM_SCHEDULER:
         return scheduler.cls or "vLLM's own"
+    os.environ.update(each.variables)  # where the options' paths are
     options = Options.read(scheduler.options)
     return options.policy + (f", with the tool latencies of {options.latencies}" if options.latencies else "")
 
 
-def wait_ready(server: Server, timeout: float, console: Console) -> None:
+def wait_ready(server: Server | Replicas, timeout: float, console: Console) -> None:
     """Show that time passes, and how much of it there is, until the server answers."""
     columns = (
         SpinnerColumn(),

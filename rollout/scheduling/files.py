@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rollout.scheduling.metrics import engine_path
 from rollout.scheduling.options import KEY
 
 LATENCIES = "tool_latencies.json"
@@ -47,3 +48,17 @@ def with_files(
         files["save_latencies"] = str((run_dir / LATENCIES).resolve())
     named = own | {name: f"${variable}" for name, variable in VARIABLES.items()}
     return {**options, KEY: named}, {variable: files.get(name, "") for name, variable in VARIABLES.items()}
+
+
+def for_replica(options: Mapping[str, Any], replica: int) -> dict[str, Any]:
+    """The options of the server with that number among several: what it writes is not what another one writes.
+
+    Number 0 has the names as they are given, number 1 ``stats.1.json`` for ``stats.json``, and the next port.
+    """
+    own = dict(options[KEY])
+    for name in ("save_latencies", "metrics_path"):
+        if own.get(name) is not None:
+            own[name] = str(engine_path(Path(own[name]), replica))
+    if own.get("metrics_port"):
+        own["metrics_port"] += replica
+    return {**options, KEY: own}

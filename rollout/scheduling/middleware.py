@@ -113,6 +113,15 @@ def tell(body: bytes, header: str | None = None) -> bytes:
 
 def cache_key(content: dict[str, Any], header: str | None) -> str | None:
     """``prompt_cache_key``, if no name that vLLM knows itself stands before it. HTTPException 400: a malformed one."""
+    where, name = given_name(content, header)
+    if name is None:
+        return None
+    check_name(name, where)
+    return name if where == "prompt_cache_key" else None
+
+
+def given_name(content: dict[str, Any], header: str | None) -> tuple[str, Any]:
+    """Where a turn names its program, and the name as it was given, unchecked; None if nowhere."""
     extra = content.get("vllm_xargs")
     names = {
         "session_id": content.get("session_id"),
@@ -120,11 +129,7 @@ def cache_key(content: dict[str, Any], header: str | None) -> str | None:
         "vllm_xargs.session_id": extra.get("session_id") if isinstance(extra, dict) else None,
         "prompt_cache_key": content.get("prompt_cache_key"),
     }
-    where, name = next(((where, name) for where, name in names.items() if name is not None), ("", None))
-    if name is None:
-        return None
-    check_name(name, where)
-    return name if where == "prompt_cache_key" else None
+    return next(((where, name) for where, name in names.items() if name is not None), ("", None))
 
 
 def tool_before(content: dict[str, Any]) -> str | None:

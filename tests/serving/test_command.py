@@ -80,6 +80,15 @@ def test_extra_flags_have_the_last_word() -> None:
     assert words.endswith("--enable-lora")
 
 
+def test_each_replica_has_devices_of_its_own() -> None:
+    """As vLLM counts them: among those that CUDA_VISIBLE_DEVICES leaves."""
+    config = ServingConfig(tensor_parallel_size=2, extra={"pipeline_parallel_size": 2}, replicas=2)
+    words = [server_command(config, Path("m"), "n", BOTH, None, cpu=False, replica=replica) for replica in (0, 1)]
+    assert [each[each.index("--device-ids") + 1] for each in words] == ["0,1,2,3", "4,5,6,7"]
+    assert "--device-ids" not in command(dataclasses.replace(config, replicas=1), cpu=False)
+    assert "--device-ids" not in command(config, cpu=True)
+
+
 def test_urls() -> None:
     assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
     assert base_url("::", 80) == "http://[::1]:80"
@@ -118,6 +127,12 @@ def test_port_in_use(checkpoint: Path, used_port: int) -> None:
         ([], "checkpoint: required and not given"),
         (["checkpoint=x", "prot=1"], "prot: unknown key; did you mean port?"),
         (["checkpoint=x", "port=abc"], "port: "),
+        (["checkpoint=x", "replicas=0"], "replicas: 0 must be at least 1"),
+        (["checkpoint=x", "replicas=2", "+extra.ssl-keyfile=k"], "extra.ssl-keyfile: replicas answer by plain HTTP"),
+        (
+            ["checkpoint=x", "replicas=2", "+extra.device_ids=1"],
+            "extra.device_ids: each replica has its own; set CUDA_",
+        ),
         (["checkpoint=x", "port=70000"], "port: 70000 is not a port"),
         (["checkpoint=x", "scheduler=none_such"], "scheduler=none_such: no such choice; there are: continuum, fcfs"),
         (["checkpoint=x", "scheduler=program_cap"], "scheduler.options.turnstile.cap: required and not given"),

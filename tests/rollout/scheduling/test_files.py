@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rollout.scheduling.files import LATENCIES, NUMBERS, VARIABLES, with_files
-from rollout.scheduling.options import Options
+from rollout.scheduling.files import LATENCIES, NUMBERS, VARIABLES, for_replica, with_files
+from rollout.scheduling.options import KEY, Options
 
 NOTHING = {"latencies": None, "metrics_path": None, "save_latencies": None}
 
@@ -87,3 +87,19 @@ def test_every_run_has_the_same_additional_config(tmp_path: Path) -> None:
     (second / LATENCIES).unlink()
     assert engine(second, {"k_own": 1, **NOTHING}, save=True)[0] == config
     assert engine(second, {"k_own": 1, "latencies": "mine.json"})[0] == config
+
+
+def test_replicas_write_what_the_user_names_beside_each_other() -> None:
+    named = {
+        "save_latencies": "/d/kept.json",
+        "metrics_path": "$D/stats.json",
+        "latencies": "/d/l.json",
+        "metrics_port": 9,
+    }
+    options = {KEY: {"policy": "turnstile", **named}, "other": 1}
+    assert for_replica(options, 0) == options
+    second = for_replica(options, 1)
+    moved = {"save_latencies": "/d/kept.1.json", "metrics_path": "$D/stats.1.json", "metrics_port": 10}
+    assert second == {**options, KEY: {**options[KEY], **moved}}
+    free = {KEY: {"policy": "turnstile", "metrics_port": 0, "metrics_path": None}}
+    assert for_replica(free, 1) == free
