@@ -211,7 +211,6 @@ class TrainingConfig:
             "critic.dtype",
             "bfloat16 under AdamW loses small updates; take float32, with ++trainer.bf16=true, or deepspeed",
         )
-        require("fsdp" not in self.trainer, "trainer.fsdp", "a critic under FSDP is not built; take trainer.deepspeed")
 
     def _check_window(self) -> None:
         keeps = getattr(self.engine, "keep_cache", False)

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from rollout.errors import UserError
 from training.head import respects_boundaries
@@ -17,7 +22,7 @@ from training.losses import value_loss
 from training.members import ValueModelConfig
 from training.packing import MicroBatch, TrainSequence, pack
 from training.settings import OptimizerConfig
-from training.sharding import whole_weights
+from training.sharding import whole, whole_weights
 from training.values import HeadlessProbe, check_tokenizer, load_value_model
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 FOLDER = "critic"  # inside a checkpoint
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever part of it each process holds
 
 
 class Critic:
@@ -60,7 +66,10 @@ class Critic:
         )
         self.is_deepspeed = deepspeed is not None
         self.wrapped: Any
-        if deepspeed is None:
+        if deepspeed is None and accelerator.is_fsdp2:
+            self.wrapped, prepared = accelerator.prepare(model, self.optimizer)
+            self.optimizer = prepared.optimizer
+        elif deepspeed is None:
             self.wrapped = accelerator.prepare_model(model)
         else:
             from deepspeed import initialize
@@ -130,14 +139,14 @@ class Critic:
         weights = {name: value.to("cpu", copy=True) for name, value in whole_weights(self.model)}
         if self.is_deepspeed:
             self.wrapped.save_checkpoint(str(target / "deepspeed"), tag="state", client_state={"steps": self.steps})
+        moments = None if self.is_deepspeed else get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
         if not self.accelerator.is_main_process:
             return
         self.model.save_pretrained(target, state_dict=weights)
         self.tokenizer.save_pretrained(target)
         if not self.is_deepspeed:
-            state = {"optimizer": self.optimizer, "schedule": self.schedule}
-            parts = {name: part.state_dict() for name, part in state.items()}
-            torch.save({"steps": self.steps, **parts}, target / "optimizer.pt")
+            state = {"steps": self.steps, "optimizer": moments, "schedule": self.schedule.state_dict()}
+            torch.save(state, target / "optimizer.pt")
 
     def load(self, folder: Path) -> None:
         """Go on as the critic that was saved would have; its weights are the model's already (``make_critic``)."""
@@ -146,7 +155,7 @@ class Critic:
             _, state = self.wrapped.load_checkpoint(str(target / "deepspeed"), tag="state")
         else:
             state = torch.load(target / "optimizer.pt", map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
             self.schedule.load_state_dict(state["schedule"])
         self.steps = state["steps"]
 
@@ -183,7 +192,7 @@ class Critic:
             self._check("gradient norm", norm)
             return norm
         bound = self.config.optimizer.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)))
         self._check("gradient norm", norm)
         self.optimizer.step()
         self.schedule.step()
