@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import shutil
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Iterator
@@ -17,12 +15,11 @@ from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.mailbox import Request, within
 from rollout.engines.vllm import check_model, check_prompt, last_words
+from rollout.engines.weight_files import weight_files
 from rollout.errors import EngineDied, WaitTimeout
 
 if TYPE_CHECKING:
     import torch
-
-CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a large model never lies in memory twice
 
 ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits for
 
@@ -30,12 +27,13 @@ ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits 
 class RemoteEngine(ABC):
     """An ``Engine`` whose coroutines run on the engine's own loop, so that callers may use any loop.
 
-    A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone.
+    A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone. ``version`` is
+    that of the weights in ``model_dir``.
     """
 
-    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
+    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None, version: int = 0) -> None:
         self.config = config
-        self.version = 0
+        self.version = version
         self.log_path = log_path
         self._vocab_size = check_model(model_dir)
         self._programs: dict[str, str] = {}  # running request → its program
@@ -120,7 +118,11 @@ class RemoteEngine(ABC):
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
         with contextlib.closing(weight_files(stream)) as files:
-            await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
+            await self.load(files, version)
+
+    async def load(self, files: Iterator[Path], version: int) -> None:
+        """``update_weights`` from safetensors files, each of which lives until the next is asked for."""
+        await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
         self.version = version
 
     async def _update(self, files: Iterator[Path], version: int) -> None:
@@ -203,25 +205,3 @@ class RemoteEngine(ABC):
 
     def _died(self, error: BaseException | str) -> EngineDied:
         return EngineDied(f"the vLLM engine died: {error or 'no reason given'}; last said: {last_words(self.log_path)}")
-
-
-def weight_files(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Path]:
-    """Write named tensors to safetensors files in shared memory, one at a time; each is removed after use."""
-    from safetensors.torch import save_file
-
-    shared = Path("/dev/shm")  # containers often have little of it
-    room = shared.is_dir() and shutil.disk_usage(shared).free > 2 * CHUNK_BYTES
-    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=shared if room else None) as folder:
-        path = Path(folder) / "weights.safetensors"
-        chunk: dict[str, torch.Tensor] = {}
-        size = 0
-        for name, tensor in stream:
-            chunk[name] = tensor.detach().to("cpu").contiguous()
-            size += tensor.nbytes
-            if size >= CHUNK_BYTES:
-                save_file(chunk, path)
-                yield path
-                chunk, size = {}, 0
-        if chunk:
-            save_file(chunk, path)
-            yield path
