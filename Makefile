@@ -9,7 +9,7 @@ export PYTHON
 # Pure arithmetic, data and configuration: typed.
 PURE := hydra_plugins/local_gpus benchmarks/report.py serving/config.py serving/parsers.py rollout/tools rollout/tasks \
 	$(addprefix rollout/,agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py reasoning.py weights.py \
-		engines/__init__.py) \
+		engines/__init__.py engines/router.py) \
 	$(addprefix rollout/scheduling/,programs.py policies.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
 		metrics.py plots.py costs.py workloads.py traces.py results.py) \
 	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py estimates.py head.py knapsack.py \

@@ -51,10 +51,10 @@ class Fleet:
 
     A program's calls go to one member, which holds its cache (``Router``). When a member dies its running requests are
     written anew, from the token ids that came with them, by whichever member has room, or waits for its replacement:
-    an episode notices nothing but the time, and keeps no token of an answer that was cut by a death. The member starts
-    again on the last weights; these are kept once, in shared memory where there is room. The replacement must give the
-    log-probs that its fellows gave at the last sync. More than ``config.restarts`` deaths of one member, or a failure
-    to start that is no death, end the fleet: all calls raise.
+    an episode keeps no token of an answer that a death cut, and notices nothing but the time, which counts towards its
+    own time-out. The member starts again on the last weights; these are kept once, in shared memory where there is
+    room. The replacement must give the log-probs that its fellows gave at the last sync. More than ``config.restarts``
+    deaths of one member, or a failure to start that is no death, end the fleet: all calls raise.
     """
 
     def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
@@ -218,7 +218,8 @@ class Fleet:
             if replacing is not None:
                 await asyncio.wait([asyncio.wrap_future(replacing)])
                 continue
-            assert engine is not None
+            if engine is None:  # it could not be replaced
+                continue
             try:
                 return await call(engine)
             except EngineDied as error:
@@ -302,14 +303,16 @@ class Fleet:
         await dead.close()
         counts = await dead.stats()
         del counts["running"]
-        member.past.update(counts)
+        with self._state:
+            member.past.update(counts)
+            member.engine = None
 
     async def _admit(self, member: Member) -> None:
         """Nobody generates on a replacement that has other weights than its fellows."""
         engine = member.engine
         assert engine is not None
         try:
-            for ids, expected in self._reference.items():
+            for ids, expected in list(self._reference.items()):  # which grows meanwhile
                 difference = furthest(expected, await engine.score(list(ids)))
                 if difference > BOUNDS.get(self.config.dtype, math.inf):
                     raise SyncMismatch(

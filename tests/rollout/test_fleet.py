@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing.resource_tracker
+import os
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -335,3 +337,36 @@ def test_zz_too_many_deaths_end_the_fleet_with_one_line(fleet: Fleet, run: Loop)
     with pytest.raises(EngineDied, match="died 7 times"):
         run(fleet.generate([1, 2], Sampling(max_tokens=5), program_id="y/0"))
     task.result(60.0)  # another member's: it ends in peace
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_started_anew_for_a_fleet_of_one(
+    model_dir: Path, tmp_path: Path, run: Loop, trainer_model: Any
+) -> None:
+    """What ``replicas=1`` is in a run; here over HTTP, killed in a weight update as well."""
+    before = children()
+    config = VllmConfig(mode="http", max_model_len=512, kv_cache_gib=0.1, timeout_s=200.0)
+    fleet = build(config, str(model_dir), log_path=tmp_path / "engine.log")
+    model, probe = moved(trainer_model, 4), Probe(IDS, 1e-4)
+    logprobs = model_logprobs(model, IDS)
+
+    async def killed_while(call: Coroutine[Any, Any, Any], seconds: float) -> Any:
+        task = asyncio.create_task(call)
+        await asyncio.sleep(seconds)
+        os.killpg(fleet._members[0].engine._server.pid, signal.SIGKILL)
+        return await task
+
+    def stream() -> Iterator[tuple[str, Any]]:
+        time.sleep(1.0)
+        yield from named_weights(model)
+
+    try:
+        run(killed_while(fleet.update_weights(stream(), 1), 0.3), 300.0)
+        assert run(probe.check(fleet, logprobs)) < 1e-5
+        out = run(killed_while(fleet.generate([1, 2], Sampling(max_tokens=400), program_id="a/0"), 0.2), 300.0)
+        assert (len(out.ids), set(out.versions)) == (400, {1})
+        assert run(fleet.stats())["restarts"] == 2
+        assert run(probe.check(fleet, logprobs)) < 1e-5
+    finally:
+        run(fleet.close())
+    assert_gone(before)
