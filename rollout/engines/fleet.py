@@ -30,7 +30,7 @@ from rollout.weights import BOUNDS, SyncMismatch, furthest
 if TYPE_CHECKING:
     import torch
 
-DRAIN_S = 10.0  # for the calls of a dead engine to hear of its death
+DRAIN_S = 5.0  # for the calls of a dead engine to hear of its death
 
 
 @dataclass
@@ -298,8 +298,8 @@ class Fleet:
 
     async def _bury(self, member: Member, dead: RemoteEngine) -> None:
         deadline = time.monotonic() + DRAIN_S
-        while (await dead.stats())["running"] and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)  # its callers hear of its death from its loop, which closing stops
+        while dead.calls and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)  # the callers hear the cause
         await dead.close()
         counts = await dead.stats()
         del counts["running"]

@@ -21,6 +21,7 @@ from rollout.errors import EngineDied, WaitTimeout
 if TYPE_CHECKING:
     import torch
 
+LAST_CALLS_S = 5.0  # for calls to end when the engine is closed
 ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits for
 
 
@@ -38,6 +39,7 @@ class RemoteEngine(ABC):
         self._vocab_size = check_model(model_dir)
         self._programs: dict[str, str] = {}  # running request → its program
         self._ids = itertools.count()
+        self._calls: set[asyncio.Task[Any]] = set()  # under way on the engine's loop
         self._paused = False
         self._closed = False
         self._retains = config.scheduler_cls is not None  # stock vLLM keeps nothing for a program
@@ -162,6 +164,11 @@ class RemoteEngine(ABC):
         """Counts of this client since the start, and how many of its requests run now."""
         return {**self._counts, "running": len(self._programs)}
 
+    @property
+    def calls(self) -> int:
+        """How many calls wait for an answer, of any kind."""
+        return len(self._calls)
+
     async def health(self) -> None:
         await self._call(self._health(), "a sign of life")
 
@@ -169,6 +176,7 @@ class RemoteEngine(ABC):
         if self._closed:
             return
         self._closed = True
+        await asyncio.to_thread(self._start, self._end_calls())
         await asyncio.to_thread(self._stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join, self.config.timeout_s)
@@ -189,8 +197,28 @@ class RemoteEngine(ABC):
         if self._closed:
             coroutine.close()
             raise EngineDied("the vLLM engine was closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._until_closed(coroutine), self._loop)
         return await within(asyncio.wrap_future(future), self.config.timeout_s, what)
+
+    async def _until_closed(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineDied("the vLLM engine was closed") from None
+            raise
+        finally:
+            self._calls.discard(task)
+
+    async def _end_calls(self) -> None:
+        """Whoever still waits for an answer hears that there will be none."""
+        for task in self._calls:
+            task.cancel()
+        if self._calls:
+            await asyncio.wait(set(self._calls), timeout=LAST_CALLS_S)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run on the engine's loop and block, while this object is being built or closed."""

@@ -301,6 +301,24 @@ def test_an_abort_holds_whether_or_not_the_member_lives_to_see_it(fleet: Fleet, 
 
 
 @pytest.mark.slow
+def test_no_call_waits_for_an_engine_that_is_closed(fleet: Fleet, run: Loop) -> None:
+    """Generations and control calls alike: one that is lost would wait for its time-out."""
+    run(fleet.health())
+    engine = fleet._members[0].engine
+
+    async def scenario() -> list[Any]:
+        generation = asyncio.create_task(engine.generate([1, 2], Sampling(max_tokens=500), program_id="c/0"))
+        await asyncio.sleep(0.2)
+        calls = [generation, *(asyncio.create_task(engine.pause("wait")) for _ in range(3))]
+        await asyncio.sleep(0.05)
+        await engine.close()
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10.0)
+
+    assert {type(result) for result in run(scenario())} == {EngineDied}
+    run(fleet.health())  # replaced
+
+
+@pytest.mark.slow
 def test_what_is_paused_stays_so_through_a_death(fleet: Fleet, run: Loop) -> None:
     run(fleet.pause("keep"))
     kill(fleet, run, 0)
