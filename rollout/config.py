@@ -41,6 +41,9 @@ class VllmConfig:
     kv_cache_gib: float = 1.0  # CPU only
     gpu_memory_utilization: float = 0.85
     tensor_parallel_size: int = 1
+    replicas: int = 1  # engines that share the episodes
+    devices: list[int] | None = None  # GPUs of all replicas, in order; None: those that this process sees
+    restarts: int = 3  # how often each replica may die and be started anew within a run
     enforce_eager: bool = True
     deterministic: bool = False
     keep_cache: bool = False  # at weight updates: what a window cut goes on from KV of older weights
@@ -59,6 +62,29 @@ class VllmConfig:
             f"needs engine.mode=in_process, not {self.mode}: only there are engine batches a function of the run",
         )
         require(self.url is None or self.mode == "http", "engine.url", f"needs engine.mode=http, not {self.mode}")
+        require(self.replicas > 0, "engine.replicas", f"{self.replicas} must be at least 1")
+        require(
+            self.replicas == 1 or self.mode != "in_process",
+            "engine.replicas",
+            f"this process holds one engine, not {self.replicas}; take engine=vllm_process"
+            + (" without engine.deterministic, whose batches are one engine's" if self.deterministic else ""),
+        )
+        require(
+            self.replicas == 1 or self.url is None,
+            "engine.replicas",
+            "the server at engine.url is one; leave the url out to start several",
+        )
+        require(self.restarts >= 0, "engine.restarts", f"{self.restarts} must not be negative")
+        require(
+            self.devices is None or (self.mode != "in_process" and self.url is None),
+            "engine.devices",
+            "are for engines that are started as processes of their own; take engine=vllm_process",
+        )
+        require(
+            self.devices is None or len(set(self.devices)) == len(self.devices),
+            "engine.devices",
+            f"{self.devices} names a device twice",
+        )
         require(self.max_num_seqs > 0, "engine.max_num_seqs", f"{self.max_num_seqs} must be at least 1")
         require(self.timeout_s > 0, "engine.timeout_s", f"{self.timeout_s} must be above 0")
 

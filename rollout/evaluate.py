@@ -66,7 +66,7 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     from rollout.display import stage
     from rollout.engines import Sampling
     from rollout.evaluation import evaluate, write_outcomes
-    from rollout.runner import Runner
+    from rollout.runner import Runner, concurrency
     from rollout.speaker import Policy
 
     task = instantiate(cfg.task)
@@ -75,7 +75,7 @@ def evaluate_checkpoint(cfg: config.EvaluateConfig, directory: Path) -> dict[str
     with stage("engine start", 1, "engine") as shown:
         engine = get_method(cfg.engine._target_)(cfg.engine, str(folder), log_path=directory / "engine.log")
         shown.update(1)
-    runner = Runner(task.environment, cfg.limits, concurrency=2 * cfg.engine.max_num_seqs)
+    runner = Runner(task.environment, cfg.limits, concurrency=concurrency(cfg.engine))
     try:
         policy = Policy(engine, chat, Sampling(max_tokens=1), cfg.engine.max_model_len, reasoning=cfg.reasoning)
         with counted(cfg, len(rows)) as progress:

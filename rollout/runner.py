@@ -184,6 +184,11 @@ class Runner:
             self._thread.join(30.0)
 
 
+def concurrency(engine: Any) -> int:
+    """Episodes to play at once so that the engine's batch stays full while tools run; ``engine``: its settings."""
+    return 2 * engine.max_num_seqs * getattr(engine, "replicas", 1)
+
+
 def too_many_failures(count: int, last: Exception) -> UserError:
     """The one line that stops a run whose episodes keep failing."""
     return UserError(f"{count} episodes in a row failed (limits.max_failures_in_a_row); the last: {last}")

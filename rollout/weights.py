@@ -51,18 +51,29 @@ class Probe:
 
         ``trainer_logprobs[i]`` has ``len(ids[i]) - 1`` entries at temperature 1, in the order of ``Engine.score``.
         """
-        engine_logprobs = await asyncio.gather(*(engine.score(ids) for ids in self.ids))
+        engine_logprobs = await asyncio.gather(*(_scores(engine, ids) for ids in self.ids))
         worst = 0.0
-        for ours, theirs in zip(trainer_logprobs, engine_logprobs, strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                difference = abs(a - b)
-                worst = math.inf if math.isnan(difference) else max(worst, difference)
+        for ours, replies in zip(trainer_logprobs, engine_logprobs, strict=True):
+            for theirs in replies:
+                worst = max(worst, furthest(ours, theirs))
         if worst > self.bound:
             raise SyncMismatch(
                 f"weight sync to version {engine.version}: engine and trainer differ by {worst:.3g} nats, above the "
                 f"bound of {self.bound:.3g}; some weights did not arrive, or the two compute in different dtypes"
             )
         return worst
+
+
+def furthest(ours: list[float], theirs: list[float]) -> float:
+    """The largest difference between log-probs of the same tokens; infinite where one is not a number."""
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
+async def _scores(engine: Engine, ids: list[int]) -> list[list[float]]:
+    """The engine's log-probs, from each engine of a fleet: every one of them must pass."""
+    each = getattr(engine, "score_each", None)
+    return [await engine.score(ids)] if each is None else await each(ids)
 
 
 async def sync(

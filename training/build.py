@@ -18,7 +18,7 @@ from rollout.chat import THINK, Chat
 from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
 from rollout.errors import UserError
-from rollout.runner import Runner
+from rollout.runner import Runner, concurrency
 from rollout.scheduling.files import with_files
 from rollout.speaker import Policy
 from rollout.tasks import Task
@@ -107,7 +107,7 @@ def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
 def make_runner(cfg: Any, task: Task, engine: Engine) -> tuple[Runner, Engine]:
     """The rollout thread, and the engine as its episodes see it: in lockstep where a run must be repeatable."""
     if not cfg.engine.deterministic:
-        return Runner(task.environment, cfg.limits, concurrency=2 * cfg.engine.max_num_seqs), engine
+        return Runner(task.environment, cfg.limits, concurrency=concurrency(cfg.engine)), engine
     from rollout.engines.lockstep import Lockstep
 
     lockstep = Lockstep(engine)

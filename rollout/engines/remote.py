@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import shutil
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Iterator
@@ -17,29 +15,31 @@ from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.mailbox import Request, within
 from rollout.engines.vllm import check_model, check_prompt, last_words
+from rollout.engines.weight_files import weight_files
 from rollout.errors import EngineDied, WaitTimeout
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a large model never lies in memory twice
-
+LAST_CALLS_S = 5.0  # for calls to end when the engine is closed
 ALIVE_EVERY_S = 1.0  # between two looks at an engine that a control call waits for
 
 
 class RemoteEngine(ABC):
     """An ``Engine`` whose coroutines run on the engine's own loop, so that callers may use any loop.
 
-    A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone.
+    A member fills in the underscored coroutines; they raise ``EngineDied`` when the other side is gone. ``version`` is
+    that of the weights in ``model_dir``.
     """
 
-    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
+    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None, version: int = 0) -> None:
         self.config = config
-        self.version = 0
+        self.version = version
         self.log_path = log_path
         self._vocab_size = check_model(model_dir)
         self._programs: dict[str, str] = {}  # running request → its program
         self._ids = itertools.count()
+        self._calls: set[asyncio.Task[Any]] = set()  # under way on the engine's loop
         self._paused = False
         self._closed = False
         self._retains = config.scheduler_cls is not None  # stock vLLM keeps nothing for a program
@@ -120,7 +120,11 @@ class RemoteEngine(ABC):
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
         with contextlib.closing(weight_files(stream)) as files:
-            await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
+            await self.load(files, version)
+
+    async def load(self, files: Iterator[Path], version: int) -> None:
+        """``update_weights`` from safetensors files, each of which lives until the next is asked for."""
+        await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
         self.version = version
 
     async def _update(self, files: Iterator[Path], version: int) -> None:
@@ -160,6 +164,11 @@ class RemoteEngine(ABC):
         """Counts of this client since the start, and how many of its requests run now."""
         return {**self._counts, "running": len(self._programs)}
 
+    @property
+    def calls(self) -> int:
+        """How many calls wait for an answer, of any kind."""
+        return len(self._calls)
+
     async def health(self) -> None:
         await self._call(self._health(), "a sign of life")
 
@@ -167,6 +176,7 @@ class RemoteEngine(ABC):
         if self._closed:
             return
         self._closed = True
+        await asyncio.to_thread(self._start, self._end_calls())
         await asyncio.to_thread(self._stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join, self.config.timeout_s)
@@ -187,8 +197,28 @@ class RemoteEngine(ABC):
         if self._closed:
             coroutine.close()
             raise EngineDied("the vLLM engine was closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._until_closed(coroutine), self._loop)
         return await within(asyncio.wrap_future(future), self.config.timeout_s, what)
+
+    async def _until_closed(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineDied("the vLLM engine was closed") from None
+            raise
+        finally:
+            self._calls.discard(task)
+
+    async def _end_calls(self) -> None:
+        """Whoever still waits for an answer hears that there will be none."""
+        for task in self._calls:
+            task.cancel()
+        if self._calls:
+            await asyncio.wait(set(self._calls), timeout=LAST_CALLS_S)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run on the engine's loop and block, while this object is being built or closed."""
@@ -203,25 +233,3 @@ class RemoteEngine(ABC):
 
     def _died(self, error: BaseException | str) -> EngineDied:
         return EngineDied(f"the vLLM engine died: {error or 'no reason given'}; last said: {last_words(self.log_path)}")
-
-
-def weight_files(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Path]:
-    """Write named tensors to safetensors files in shared memory, one at a time; each is removed after use."""
-    from safetensors.torch import save_file
-
-    shared = Path("/dev/shm")  # containers often have little of it
-    room = shared.is_dir() and shutil.disk_usage(shared).free > 2 * CHUNK_BYTES
-    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=shared if room else None) as folder:
-        path = Path(folder) / "weights.safetensors"
-        chunk: dict[str, torch.Tensor] = {}
-        size = 0
-        for name, tensor in stream:
-            chunk[name] = tensor.detach().to("cpu").contiguous()
-            size += tensor.nbytes
-            if size >= CHUNK_BYTES:
-                save_file(chunk, path)
-                yield path
-                chunk, size = {}, 0
-        if chunk:
-            save_file(chunk, path)
-            yield path

@@ -7,9 +7,11 @@ import os
 import pkgutil
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rollout.checkpoint import check_weights, read_config
@@ -23,19 +25,20 @@ if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
 
 
+_starting = threading.Lock()  # the environment is the whole process's
+
+
 def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -> Engine:
     """Start the member that ``config.mode`` names on a Hugging Face folder; what it prints goes to ``log_path``."""
     if config.mode == "in_process":
         from rollout.engines.vllm_in_process import InProcessEngine
 
         return InProcessEngine(config, model_dir, log_path)
-    if config.mode == "process":
-        from rollout.engines.vllm_process import ProcessEngine
+    from rollout.engines.fleet import Fleet, member_class
 
-        return ProcessEngine(config, model_dir, log_path)
-    from rollout.engines.vllm_http import HttpEngine
-
-    return HttpEngine(config, model_dir, log_path)
+    # A server that runs already is its owner's to start again.
+    alone = config.url is not None or (config.replicas == 1 and config.restarts == 0 and config.devices is None)
+    return (member_class(config) if alone else Fleet)(config, model_dir, log_path)
 
 
 def check_model(model_dir: str) -> int:
@@ -113,14 +116,16 @@ def variables(log_path: Path | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def environment(log_path: Path | None) -> Iterator[None]:
-    """Those variables for the length of an engine's start, with its noise in the log.
+def environment(log_path: Path | None, own: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Those variables, and the engine's ``own``, for the length of its start, with its noise in the log.
+
+    One start at a time: the others wait.
 
     Afterwards everything is as before, also what vLLM set for workers of its own (LOCAL_WORLD_SIZE, LD_PRELOAD, …): it
     would mislead the trainer and its children. What vLLM reads later in this process (VLLM_…) stays.
     """
-    wanted = variables(log_path)
-    with environment_kept(wanted):
+    wanted = variables(log_path) | own
+    with _starting, environment_kept(wanted):
         os.environ.update(wanted)
         if log_path is None:
             yield

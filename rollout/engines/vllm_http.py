@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -35,12 +36,20 @@ ABORT_PREFIX = "generate-tokens-"  # vLLM puts it before the request ids of this
 class HttpEngine(RemoteEngine):
     """An ``Engine`` on a vLLM server. A server that was started here ends with this object or with this process."""
 
-    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
-        super().__init__(config, model_dir, log_path)
+    def __init__(
+        self,
+        config: VllmConfig,
+        model_dir: str,
+        log_path: Path | None,
+        version: int = 0,
+        own: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``own``: environment variables of the server alone, if it is started here."""
+        super().__init__(config, model_dir, log_path, version)
         self._server: subprocess.Popen[bytes] | None = None
         self.url = config.url
         if self.url is None:
-            self.url, self._server = launch(config, model_dir, log_path)
+            self.url, self._server = launch(config, model_dir, log_path, own)
         try:
             self._start(self._open())
         except BaseException:
@@ -189,11 +198,13 @@ def quoted(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
-def launch(config: VllmConfig, model_dir: str, log_path: Path | None) -> tuple[str, subprocess.Popen[bytes]]:
+def launch(
+    config: VllmConfig, model_dir: str, log_path: Path | None, own: Mapping[str, str]
+) -> tuple[str, subprocess.Popen[bytes]]:
     """Start the server in a process group of its own, its output in the log."""
     port = free_port(config.extra.get("port"))
     line = command(config, model_dir, port)
-    environment = os.environ | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"}
+    environment = os.environ | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | own
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         server = subprocess.Popen(

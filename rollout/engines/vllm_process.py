@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rollout.config import VllmConfig
@@ -30,10 +31,18 @@ if TYPE_CHECKING:
 class ProcessEngine(RemoteEngine):
     """An ``Engine`` on ``AsyncLLM``, whose asyncio objects live on this engine's loop."""
 
-    def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
-        super().__init__(config, model_dir, log_path)
+    def __init__(
+        self,
+        config: VllmConfig,
+        model_dir: str,
+        log_path: Path | None,
+        version: int = 0,
+        own: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``own``: environment variables of the engine's process alone."""
+        super().__init__(config, model_dir, log_path, version)
         try:
-            with environment(log_path), refusals():
+            with environment(log_path, own), refusals():
                 from vllm.engine.arg_utils import AsyncEngineArgs
 
                 vllm_config = AsyncEngineArgs(**engine_arguments(config, model_dir)).create_engine_config()
@@ -46,7 +55,7 @@ class ProcessEngine(RemoteEngine):
         from vllm.v1.executor import Executor
 
         llm = AsyncLLM(vllm_config, Executor.get_class(vllm_config), log_stats=False, log_requests=False)
-        await llm.update_weight_version("0")
+        await llm.update_weight_version(str(self.version))
         return llm
 
     async def _generate(self, request: Request, request_id: str) -> Generation:

@@ -49,6 +49,7 @@ def engine(
             max_model_len=MAX_LEN,
             kv_cache_gib=0.25,
             timeout_s=120.0,
+            restarts=0,  # the engine itself, not one that is started anew
             scheduler_cls=PROGRAM_SCHEDULER,
             scheduler_options=options,
         )

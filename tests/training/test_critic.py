@@ -337,7 +337,6 @@ REFUSED = {
     "critic=value_model": r"critic: nobody reads its values; take critic=none, or advantage=gae or egae",
     "advantage=gae critic=value_model critic.dtype=bfloat16": r"critic\.dtype: bfloat16 under AdamW loses small",
     "advantage=gae critic=value_model critic.dtype=float16": r"critic\.dtype: 'float16' is not float32 or bfloat16",
-    "advantage=gae critic=value_model +trainer.fsdp=full_shard": r"trainer\.fsdp: a critic under FSDP is not built",
     "advantage=gae critic=value_model critic.clip=0": r"critic\.clip: 0\.0 must be above 0; null does not clip",
     "advantage=gae critic=value_model critic.minibatches=0": r"critic\.minibatches: 0 must be at least 1",
     "advantage=gae critic=value_model critic.warmup_rounds=-1": r"critic\.warmup_rounds: -1 must not be negative",
