@@ -2,9 +2,10 @@
 
 The oracle thinks exactly where the warm start's direct answer is right with p < 0.5; savings of thinking tokens are
 counted from the arm that learns the task's reward, short and long sums alike. The warm start, unlike the paper's,
-thinks about every second question whatever its length. The skewed stage goes on from the arm with true labels, on
-questions that all need thought and with the task's reward alone, with and without Selective Loss Masking; trigger
-accuracy is then the mean of both classes on unseen questions of both. Labels of its own come from rollouts that were
+thinks about two of three questions whatever their length. The skewed stage goes on from the first checkpoint of the arm
+with true labels whose trigger accuracy is 0.75, as the paper's warm start has it, on questions that all need thought
+and with the task's reward alone, with and without Selective Loss Masking; trigger accuracy is the mean of both classes
+on unseen questions of both. Labels of its own come from rollouts that were
 forced not to think. A tenth each of the prompts asks, by its system prompt, to think or not to; who obeys is measured
 on 500 questions each.
 """
@@ -26,7 +27,7 @@ from benchmarks.outcomes import (
     outcomes,
 )
 from benchmarks.report import figure_name
-from benchmarks.training_runs import Comparison, last_checkpoint
+from benchmarks.training_runs import Comparison, Run, last_checkpoint
 from rollout.episode import Episode
 from rollout.tasks.arithmetic import Arithmetic
 from training.rewards.adacot import AdaCot
@@ -48,14 +49,16 @@ BALANCED = [
     "evaluation.greedy=false",
 ]
 SELF = ["reward.labels=self", "reasoning.forced_never=0.25"]
+OFTEN = ["checkpoint.every=8", "checkpoint.keep_last=20", "evaluation.every=8", "evaluation.every_questions=300"]
 ARMS = {
-    "task": ["reward=task", "advantage=group", "advantage.normalize=false"],
-    "adacot": [],
+    "task": ["reward=task", "advantage=group"],
+    "adacot": OFTEN,
     "adacot, own labels": SELF,
     "adacot, normalised": ["advantage=group"],
 }
 ONCE = "adacot, normalised"  # reported, from one seed
 FREE = [f"reward.{price}=0" for price in ("alpha_miss", "alpha_over", "gamma_format")]
+SKILLED = 0.75  # trigger accuracy from which the skewed stage starts
 UNTOLD = [f"reasoning.told_{mode}=0" for mode in ("always", "never")]
 SKEWED = ["task.mix.1=0", "steps=40", *FREE, *UNTOLD, "evaluation.after=false"]
 STAGES = {"skewed, unmasked": SKEWED, "skewed, masked": [*SKEWED, "reward.mask_decision=true"]}
@@ -65,6 +68,15 @@ QUICK = ["steps=2", "batch.prompts=4", "evaluation.questions=40"]
 def trigger_accuracy(found: dict[str, Outcome]) -> float:
     """Mean over both classes: 0.5 for always and for never."""
     return (1 - mean(found, "thinking", "1") + mean(found, "thinking", "3")) / 2
+
+
+def skilled_checkpoint(run: Path) -> Path:
+    """The first of a run that decides well enough, else its last."""
+    for evaluation in Run(run).evaluations:
+        shares = {d: found["thinking"] for d, found in evaluation["sampled"]["by_difficulty"].items()}
+        if (1 - shares["1"] + shares["3"]) / 2 >= SKILLED:
+            return run / "checkpoints" / f"step-{evaluation['step']}"
+    return last_checkpoint(run)
 
 
 def thinking_tokens(outcome: Outcome, direct_tokens: int) -> float:
@@ -119,7 +131,7 @@ def main() -> None:
             folder = comparison.run(f"{name}, seed {seed}", [*COMMON, *few, *settings, f"seed={seed}"])
             played[name].append(outcomes(folder))
             if name == "adacot":
-                skilled = last_checkpoint(folder)
+                skilled = skilled_checkpoint(folder)
                 for mode, runs in obedient.items():
                     told = [*BALANCED, f"told={mode}", f"evaluation.questions={40 if quick else 500}"]
                     runs.append(evaluated(folder, told, f"told_{mode}"))

@@ -94,29 +94,31 @@ def composed(overrides: list[str]) -> Any:
 
 
 def record(folder: Path, overrides: list[str]) -> None:
-    """A run of a few steps with a real engine; its rounds go to ``rounds.pt``, the policy to ``model``."""
+    """A run of a few steps with a real engine; its rounds go to ``rounds.pt``, the policy to ``run/model``."""
     import copy
+    from contextlib import ExitStack
 
     import torch
 
-    from training import run as training_run
+    from training.ranks import Ranks
+    from training.run import Run
+    from training.run_directory import RunDirectory
 
-    cfg, raw = composed([*overrides, f"run_dir={folder}/run", "overwrite=true"])
+    torch.set_num_threads(1)
+    cfg, raw = composed([*overrides, f"run_dir={folder}/run"])
+    directory = RunDirectory(folder / "run")
+    directory.open(raw, resume=False, overwrite=True)
     rounds = []
+    with ExitStack() as stack:
+        run = Run(cfg, directory, Ranks(), stack)
+        play = run.rollouts.play
 
-    class Recording(training_run.Run):
-        def trainer(self, shown: Any) -> Any:
-            play = self.rollouts.play
+        def recording(version: int) -> Any:
+            rounds.append(copy.deepcopy(play(version)))
+            return rounds[-1]
 
-            def recording(version: int) -> Any:
-                rounds.append(copy.deepcopy(play(version)))
-                return rounds[-1]
-
-            self.rollouts.play = recording
-            return super().trainer(shown)
-
-    training_run.Run = Recording
-    training_run.execute(cfg, raw, Path(cfg.run_dir), 0.0)
+        run.rollouts.play = recording
+        run.train()
     torch.save(rounds, folder / "rounds.pt")
 
 
