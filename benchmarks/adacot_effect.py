@@ -50,14 +50,14 @@ BALANCED = [
 ]
 SELF = ["reward.labels=self", "reasoning.forced_never=0.25"]
 OFTEN = ["checkpoint.every=8", "checkpoint.keep_last=20", "evaluation.every=8", "evaluation.every_questions=300"]
+FREE = [f"reward.{price}=0" for price in ("alpha_miss", "alpha_over", "gamma_format")]
 ARMS = {
-    "task": ["reward=task", "advantage=group"],
+    "task": [*FREE, "reward.alpha_told=0", "advantage=group"],
     "adacot": OFTEN,
     "adacot, own labels": SELF,
     "adacot, normalised": ["advantage=group"],
 }
 ONCE = "adacot, normalised"  # reported, from one seed
-FREE = [f"reward.{price}=0" for price in ("alpha_miss", "alpha_over", "gamma_format")]
 SKILLED = 0.75  # trigger accuracy from which the skewed stage starts
 UNTOLD = [f"reasoning.told_{mode}=0" for mode in ("always", "never")]
 SKEWED = ["task.mix.1=0", "steps=40", *FREE, *UNTOLD, "evaluation.after=false"]

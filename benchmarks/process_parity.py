@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.arms import STORE, code
@@ -127,6 +128,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
     import torch
     from transformers import TrainerCallback
 
+    from rollout.activity import Activity
     from training import build
     from training.lora import merged_weights
     from training.ranks import Ranks
@@ -174,7 +176,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
     if ranks.leads:
         rounds = torch.load(folder / "rounds.pt", weights_only=False)
         axes = build.make_axes(cfg, task)
-        source = type("Source", (), {"axes": axes})()
+        source = SimpleNamespace(axes=axes, runner=SimpleNamespace(activity=Activity()))
         stream = RolloutStream(
             Recorded(rounds, source),
             batch,
