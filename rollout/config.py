@@ -45,7 +45,7 @@ class VllmConfig:
     devices: list[int] | None = None  # GPUs of all replicas, in order; None: those that this process sees
     restarts: int = 3  # how often each replica may die and be started anew within a run
     enforce_eager: bool = True
-    deterministic: bool = False
+    deterministic: bool = False  # tokens repeat; in_process also every bit, elsewhere log-probs up to float order
     keep_cache: bool = False  # at weight updates: what a window cut goes on from KV of older weights
     scheduler_cls: str | None = None
     scheduler_options: dict[str, Any] = field(default_factory=dict)  # reaches the scheduler as additional_config
@@ -57,17 +57,16 @@ class VllmConfig:
         modes = ("in_process", "process", "http")
         require(self.mode in modes, "engine.mode", f"{self.mode!r} is not one of {', '.join(modes)}")
         require(
-            not self.deterministic or self.mode == "in_process",
+            not self.deterministic or self.mode != "http",
             "engine.deterministic",
-            f"needs engine.mode=in_process, not {self.mode}: only there are engine batches a function of the run",
+            "needs engine.mode=in_process for the same bits, or process for the same tokens, not http",
         )
         require(self.url is None or self.mode == "http", "engine.url", f"needs engine.mode=http, not {self.mode}")
         require(self.replicas > 0, "engine.replicas", f"{self.replicas} must be at least 1")
         require(
             self.replicas == 1 or self.mode != "in_process",
             "engine.replicas",
-            f"this process holds one engine, not {self.replicas}; take engine=vllm_process"
-            + (" without engine.deterministic, whose batches are one engine's" if self.deterministic else ""),
+            f"this process holds one engine, not {self.replicas}; take engine=vllm_process",
         )
         require(
             self.replicas == 1 or self.url is None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -34,6 +35,8 @@ def run(composed: DictConfig) -> float | None:
     cfg.check()
     if HydraConfig.get().mode == RunMode.MULTIRUN and "WORLD_SIZE" in os.environ:
         raise UserError("--multirun starts runs of one process each; give each run of several a torchrun of its own")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and getattr(cfg.engine, "mode", "") == "in_process":
+        raise UserError("engine: lives in the trainer's process, of which there are several; take engine=vllm_process")
     for note in cfg.notes():
         if rank_of_environment() == 0:
             console.print(f"note: {note}", highlight=False)
@@ -54,7 +57,13 @@ def run(composed: DictConfig) -> float | None:
     return execute(cfg, composed, run_dir(), START).get("accuracy_after")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """As Ctrl-C: a launcher that ends its processes must not leave their engines behind."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
     if rank_of_environment() > 0:
         sys.argv.append("hydra.run.dir=.")  # the run's directory is rank 0's to make
     run_command(run)

@@ -106,7 +106,7 @@ def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
 
 def make_runner(cfg: Any, task: Task, engine: Engine) -> tuple[Runner, Engine]:
     """The rollout thread, and the engine as its episodes see it: in lockstep where a run must be repeatable."""
-    if not cfg.engine.deterministic:
+    if not cfg.engine.deterministic or cfg.engine.mode != "in_process":  # elsewhere seeds alone make tokens repeat
         return Runner(task.environment, cfg.limits, concurrency=concurrency(cfg.engine)), engine
     from rollout.engines.lockstep import Lockstep
 

@@ -213,6 +213,12 @@ class TrainingConfig:
         )
 
     def _check_window(self) -> None:
+        elsewhere = getattr(self.engine, "deterministic", False) and self.engine.mode != "in_process"
+        require(
+            not elsewhere or isinstance(self.window, CompleteConfig),
+            "engine.deterministic",
+            "what a window holds is a matter of time outside of this process; take engine=vllm, or window=complete",
+        )
         keeps = getattr(self.engine, "keep_cache", False)
         if not isinstance(self.window, TruncatedConfig):
             require(not keeps, "engine.keep_cache", "no episode outlives a weight update; add window=truncated")

@@ -115,6 +115,12 @@ def variables(log_path: Path | None) -> dict[str, str]:
     return wanted
 
 
+def of_launcher(name: str) -> bool:
+    """Whether torchrun set this variable for the trainer: an engine that reads it would join the wrong group."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return name in ranks or name.startswith(("GROUP_", "ROLE_", "TORCHELASTIC_"))
+
+
 @contextlib.contextmanager
 def environment(log_path: Path | None, own: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Those variables, and the engine's ``own``, for the length of its start, with its noise in the log.
@@ -126,6 +132,8 @@ def environment(log_path: Path | None, own: Mapping[str, str] = MappingProxyType
     """
     wanted = variables(log_path) | own
     with _starting, environment_kept(wanted):
+        for name in [*filter(of_launcher, os.environ)]:
+            del os.environ[name]
         os.environ.update(wanted)
         if log_path is None:
             yield

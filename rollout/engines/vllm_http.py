@@ -25,7 +25,7 @@ from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Generation, PauseMode
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
-from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, sampling_fields, variables
+from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, of_launcher, sampling_fields, variables
 from rollout.errors import EngineDied, UserError, WaitTimeout
 from rollout.scheduling.programs import LONGEST_NAME
 
@@ -204,7 +204,8 @@ def launch(
     """Start the server in a process group of its own, its output in the log."""
     port = free_port(config.extra.get("port"))
     line = command(config, model_dir, port)
-    environment = os.environ | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | own
+    kept = {name: value for name, value in os.environ.items() if not of_launcher(name)}
+    environment = kept | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | own
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         server = subprocess.Popen(
