@@ -175,7 +175,7 @@ def deal(micro_batches: Sequence[MicroBatch], size: int) -> list[list[MicroBatch
     """By process, its part: in turn, and filled up to one number with rows that have no target."""
     each = -(-len(micro_batches) // size)
     parts = [list(micro_batches[rank::size]) for rank in range(size)]
-    return [[*part, *[empty_like(micro_batches[0])] * (each - len(part))] for part in parts]
+    return [[*part, *(empty_like(micro_batches[0]) for _ in range(each - len(part)))] for part in parts]
 
 
 def unpack(batch: MicroBatch, values: torch.Tensor) -> dict[int, np.ndarray]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import ClassVar
 
+from rollout.environment import Message, Row
 from rollout.episode import Episode
+from rollout.tasks import ToolEnvironment
+from rollout.tasks.arithmetic import Arithmetic, is_right
 from training.rewards.adacot import AdaCot
 from training.rewards.otc import Otc
 
@@ -49,6 +54,26 @@ class ToolReward(LengthReward):
     """Reads tool calls, so a task must have tools."""
 
     needs_tools = True
+
+
+class Shaky(ToolEnvironment):
+    """Its first attempt at every third prompt raises, and every seventh prompt hangs for ever."""
+
+    raised: ClassVar[set[str]] = set()
+
+    async def reset(self, row: Row) -> list[Message]:
+        number = int(row.id[:8], 16)
+        if number % 7 == 0:
+            await asyncio.sleep(3600)
+        if number % 3 == 0 and row.id not in self.raised:
+            self.raised.add(row.id)
+            raise OSError("the sandbox is gone")
+        return await super().reset(row)
+
+
+class ShakyArithmetic(Arithmetic):
+    def environment(self) -> Shaky:
+        return Shaky(self._tools, is_right)
 
 
 SMALL = [

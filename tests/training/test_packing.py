@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.episode import Sequence
-from training.packing import IGNORED, PER_TOKEN, TrainSequence, empty_like, pack, unpack
+from training.packing import IGNORED, PER_TOKEN, TrainSequence, deal, empty_like, pack, unpack
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
@@ -149,3 +149,23 @@ def test_bad_input_is_refused():
         rollout = Sequence.open([1])
         rollout.append_own([2], [-0.1], [0])
         TrainSequence.of(rollout, 0, np.zeros(2), np.zeros(1))
+
+
+@given(lengths=st.lists(st.integers(2, 20), max_size=30), size=st.integers(1, 5), row=st.sampled_from([None, 24]))
+def test_every_process_gets_as_many_micro_batches_and_all_rows_once(
+    lengths: list[int], size: int, row: int | None
+) -> None:
+    sequences = [sequence(index, n) for index, n in enumerate(lengths)]
+    whole = pack(sequences, max_tokens=40, row_tokens=row, pad_id=0, multiple=size)
+    parts = deal(whole, size)
+    assert len(parts) == size and len({len(part) for part in parts}) == 1
+    assert all(rows * length <= 40 for rows, length in (batch.shape for batch in whole))
+    found = [int(i) for part in parts for batch in part for i in batch.sequence_ids.unique() if i >= 0]
+    assert sorted(found) == list(range(len(lengths)))
+
+
+def test_micro_batches_for_several_processes_are_of_one_size() -> None:
+    sequences = [sequence(index, 10) for index in range(24)]
+    sizes = [batch.input_ids.numel() for batch in pack(sequences, max_tokens=200, row_tokens=20, pad_id=0, multiple=2)]
+    assert len(pack(sequences, max_tokens=200, row_tokens=20, pad_id=0)) == 2 == len(sizes)
+    assert sizes[0] == sizes[1]

@@ -236,9 +236,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_an_engine_that_dies_stops_the_run_with_one_line_and_no_orphan(tmp_path: Path) -> None:
+def test_an_engine_that_dies_once_too_often_stops_the_run_with_one_line_and_no_orphan(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = [*SMALL, "engine=vllm_process", "steps=2000", "engine.kv_cache_gib=0.1", f"run_dir={run_dir}"]
+    overrides = [*SMALL, "engine=vllm_process", "engine.restarts=0", "steps=2000", f"run_dir={run_dir}"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "training", *overrides], stdout=log, stderr=log)
     deadline = time.monotonic() + 120
