@@ -147,8 +147,9 @@ def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
             f"budget.low: {type(reward).__name__} teaches something on prompts that always succeed, and "
             f"{cfg.budget.low} rollouts of those cannot show it; give at least 4, or take budget=uniform"
         )
-    scales = {"scales": getattr(reward, "scales", {})} if isinstance(cfg.advantage, DecoupledConfig) else {}
-    return Axes(instantiate(cfg.budget), reward, instantiate(cfg.advantage, **scales), instantiate(cfg.selection))
+    parts = {name: getattr(reward, name, {}) for name in ("scales", "joined")}
+    advantage = instantiate(cfg.advantage, **(parts if isinstance(cfg.advantage, DecoupledConfig) else {}))
+    return Axes(instantiate(cfg.budget), reward, advantage, instantiate(cfg.selection))
 
 
 class EngineSync:

@@ -62,22 +62,31 @@ class Decoupled:
     """GDPO (arXiv 2601.05242): each named part of the reward normalised in its group, times its scale, then summed.
 
     A part's own coefficient would cancel in its normalisation; ``scales`` brings it back (1 where nothing is said). Its
-    size so decides against the other parts, also in a group where nothing else varies. The paper's whitening over the
-    batch is left out: it would only scale all parts alike.
+    size so decides against the other parts, also in a group where nothing else varies. ``joined`` names parts that are
+    a correction to another one, and are normalised in one with it: what multiplies a part is no reward by itself. The
+    paper's whitening over the batch is left out: it would only scale all parts alike.
     """
 
     needs_critic = False
 
-    def __init__(self, clip: float | None = None, scales: Mapping[str, float] | None = None) -> None:
-        self.clip, self.scales = clip, dict(scales or {})
+    def __init__(
+        self,
+        clip: float | None = None,
+        scales: Mapping[str, float] | None = None,
+        joined: Mapping[str, str] | None = None,
+    ) -> None:
+        self.clip, self.scales, self.joined = clip, dict(scales or {}), dict(joined or {})
 
     def __call__(self, episodes: list[Episode], values: list[list[np.ndarray]] | None = None) -> list[Estimate]:
         if not episodes:
             return []
         _, groups = _rewards(episodes)
         total = torch.zeros(len(episodes), dtype=torch.float64)
+        parts: dict[str, list[str]] = {}
         for name in sorted({name for episode in episodes for name in episode.rewards}):
-            part = [float(episode.rewards.get(name, 0.0)) for episode in episodes]
+            parts.setdefault(self.joined.get(name, name), []).append(name)
+        for name, names in parts.items():
+            part = [math.fsum(episode.rewards.get(each, 0.0) for each in names) for episode in episodes]
             total += self.scales.get(name, 1.0) * group_relative(part, groups, clip=self.clip)
         return _spread(episodes, total)
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.chat import parse_text
-from rollout.episode import Episode
+from rollout.episode import Episode, Sequence
+from training.estimates import Decoupled
 from training.rewards.otc import OptimalCalls, Otc, grpo_tool_reward, ppo_tool_reward, tool_cost
 
 CALL = '<tool_call>{"name": "search", "arguments": {"query": "x"}}</tool_call>'
@@ -174,3 +175,16 @@ def test_ill_formed_successes_neither_earn_nor_set_the_optimum(text: str) -> Non
 def test_a_call_hidden_in_arguments_costs_as_one_in_the_open() -> None:
     hidden = episode(True, 0, text=f"<think></think><tool_call>{HIDDEN}</tool_call>")
     assert tool_cost(hidden, {}) == 2
+
+
+def test_economy_is_normalised_in_one_with_what_it_multiplies() -> None:
+    """Alone it would count against every right answer that took a call, and so against being right."""
+    group = [episode(calls=1, success=True) for _ in range(4)] + [episode(calls=0, success=False) for _ in range(4)]
+    reward = Otc(form="ppo", max_calls=2)
+    for each, rewards in zip(group, reward(group), strict=True):
+        each.rewards = rewards
+        each.sequences.append(Sequence.open([1]))
+        each.sequences[0].append_own([2], [0.0], [0])
+    alone, joined = (m(group) for m in (Decoupled(), Decoupled(joined=reward.joined)))
+    assert abs(alone[0].advantages[0][0]) < 1e-2
+    assert joined[0].advantages[0][0] > 0.9 > 0 > joined[-1].advantages[0][0]

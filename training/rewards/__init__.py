@@ -12,9 +12,10 @@ class Reward(Protocol):
     """Shapes one finished group. A class that reads tool calls sets ``needs_tools``; tasks without tools refuse it.
 
     What a class may have besides: ``teaches_solved`` if it tells right answers from better ones, so that budgets which
-    withdraw rollouts from prompts that always succeed have to leave them enough; ``scales``, by part, the factor that
-    ``advantage=decoupled`` has to keep, 1 where nothing is said; ``mask_decision`` if the decision to think is to have
-    no policy loss; and, of ``Remembers``, what it learns as it goes.
+    withdraw rollouts from prompts that always succeed have to leave them enough; for ``advantage=decoupled``, by part,
+    ``scales``, the factor that it has to keep (1 where nothing is said), and ``joined``, the part that it corrects;
+    ``mask_decision`` if the decision to think is to have no policy loss; and, of ``Remembers``, what it learns as it
+    goes.
     """
 
     needs_tools: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -131,6 +131,7 @@ class Otc:
 
     needs_tools = True
     teaches_solved = True
+    joined: ClassVar = {"tools": "task"}  # parts that multiply another one
 
     def __init__(
         self,
@@ -146,11 +147,6 @@ class Otc:
         self.prices = dict(prices or {})
         self.remembers = optimum == "history"
         self.optimal = OptimalCalls(least_successes)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """What the parts are multiples of."""
-        return {"tools": self.alpha}
 
     def __call__(self, group: Sequence[Episode]) -> list[dict[str, float]]:
         """The environment's parts, and ``tools``: what makes alpha x economy x correctness of the episode's success."""

@@ -18,7 +18,7 @@ class OtcAdaCot:
 
     def __init__(self, otc: Otc, adacot: AdaCot) -> None:
         self.otc, self.adacot = otc, adacot
-        self.scales = otc.scales | adacot.scales
+        self.scales, self.joined = adacot.scales, otc.joined
         self.mask_decision = adacot.mask_decision
 
     def __call__(self, group: Sequence[Episode]) -> list[dict[str, float]]:
