@@ -79,6 +79,7 @@ class HeadlessProbe(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **unused: Any) -> SimpleNamespace:
-        trunk = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        feature = trunk.last_hidden_state[..., 0].float()
+        # By way of the whole model: FSDP must see its root first.
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        feature = self.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1][..., 0].float()
         return SimpleNamespace(log_probs=feature, entropy=feature)
