@@ -17,7 +17,13 @@ from benchmarks.report import figure_name
 from benchmarks.training_runs import Comparison, Run
 from rollout.plots import COSTS, pareto_front, plot_pareto
 
-COMMON = ["evaluation.before=false", "evaluation.every=null", "evaluation.greedy=false", "task.test_size=2500"]
+COMMON = [
+    "evaluation.before=false",
+    "evaluation.every=null",
+    "evaluation.greedy=false",
+    "task.test_size=2500",
+    "steps=80",
+]
 SWEPT = ["reward=otc_adacot", "advantage=decoupled", "reward.adacot.labels=self", "reasoning.forced_never=0.25"]
 GRID = {"reward.adacot.alpha_over": (0.1, 0.3, 0.9), "reward.otc.max_calls": (1, 4)}
 EVALUATION = [
@@ -42,7 +48,7 @@ def beats(ours: dict[str, Any], theirs: dict[str, Any], cost: str) -> bool:
 
 
 def main() -> None:
-    comparison = Comparison("pareto", __doc__.splitlines()[0], experiment="quickstart", seeds=1, quick=QUICK)
+    comparison = Comparison("pareto", __doc__.splitlines()[0], experiment="otc", seeds=1, quick=QUICK)
     report, quick = comparison.report, comparison.quick
     few = ["evaluation.questions=40"] if quick else ["evaluation.questions=null"]
     points: list[tuple[str, dict[str, Any]]] = []
@@ -50,7 +56,7 @@ def main() -> None:
     for name, mode in (("warm start", "auto"), ("always thinks", "always")):
         evaluated(start, [*EVALUATION, *few, f"reasoning={mode}"], mode)
         points.append((name, json.loads((start / mode / "evaluation.json").read_text())))
-    runs = {"task reward": ["reward=task", "advantage.normalize=false"]}
+    runs = {"task reward": ["reward=task"]}
     for values in itertools.product(*GRID.values()):
         chosen = dict(zip(GRID, values, strict=True))
         label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items())
