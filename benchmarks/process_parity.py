@@ -161,7 +161,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
                 step = engine.step
 
                 def kept(*args: Any, **kwargs: Any) -> Any:
-                    for name, parameter in engine.module.named_parameters():
+                    for name, parameter in model.named_parameters():
                         gradient = safe_get_full_grad(parameter).clone()
                         gradients.setdefault(name, gradient)
                     return step(*args, **kwargs)
@@ -170,7 +170,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not trainer.is_deepspeed_enabled and state.global_step == 0:
-                gradients.update({n: whole(p.grad).clone() for n, p in trainer.model.named_parameters()})
+                gradients.update({n: whole(p.grad).clone() for n, p in model.named_parameters()})
 
     trainer = build.make_trainer(cfg, out, model, tokenizer, None, [Gradients()], ranks)
     trainer.critic = build.make_value_model(cfg, path, None, trainer)
