@@ -163,7 +163,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
                 def kept(*args: Any, **kwargs: Any) -> Any:
                     for name, parameter in model.named_parameters():
                         gradient = safe_get_full_grad(parameter).clone()
-                        gradients.setdefault(name, gradient)
+                        gradients.setdefault(name.removeprefix("module."), gradient)
                     return step(*args, **kwargs)
 
                 engine.step = kept
