@@ -1,8 +1,10 @@
 """What OTC saves: tool calls of OTC's two forms against the task's reward, arithmetic on real vLLM (CPU), paired.
 
 The oracle calls exactly where the warm start's direct answer is right with p < 0.5; both savings are counted from the
-arm that learns the task's reward, from the same warm start, one, two and three digits alike. The additive reward is the
-paper's negative control. The warm start can call the tool perfectly: what RL moves is the choice.
+arm that learns the task's reward, from the same warm start, one, two and three digits alike. Both forms are normalised
+as GRPO does it, and as the paper has them. Reported from one seed: the GRPO form without division by the group's
+standard deviation, which pushes less where all of a group are right, and the additive reward, the paper's negative
+control. The warm start can call the tool perfectly: what RL moves is the choice.
 """
 
 from __future__ import annotations
@@ -18,13 +20,12 @@ from rollout.tasks.arithmetic import Arithmetic
 
 SEEDS = 3
 COMMON = ["evaluation.before=false", "evaluation.every=null", "evaluation.greedy=false", "task.test_size=2500"]
-KEPT = "advantage.normalize=false"
 ARMS = {
     "task": ["reward=task"],
-    "otc, grpo form": ["reward=otc", KEPT],
-    "otc, ppo form": ["reward=otc", "reward.form=ppo", KEPT],
-    "otc, grpo form, normalised": ["reward=otc"],
-    "additive": ["reward._target_=benchmarks.additive_otc.AdditiveOtc", KEPT],
+    "otc, grpo form": [],
+    "otc, ppo form": ["reward.form=ppo"],
+    "otc, grpo form, not normalised": ["advantage.normalize=false"],
+    "additive": ["reward=task", "reward._target_=benchmarks.additive_otc.AdditiveOtc"],
 }
 FORMS = ("otc, grpo form", "otc, ppo form")
 QUICK = ["steps=2", "batch.prompts=4", "evaluation.questions=40"]
@@ -57,11 +58,13 @@ def draw(path: Path, played: dict[str, list[dict[str, Outcome]]], oracle: dict[s
 
 def main() -> None:
     what = __doc__.splitlines()[0]
-    comparison = Comparison("otc_effect", what, experiment="quickstart", seeds=SEEDS, quick=QUICK)
+    comparison = Comparison("otc_effect", what, experiment="otc", seeds=SEEDS, quick=QUICK)
     report, quick = comparison.report, comparison.quick
     played: dict[str, list[dict[str, Outcome]]] = {name: [] for name in ARMS}
     for seed in range(comparison.seeds):
         for name, settings in ARMS.items():
+            if seed and name not in (*FORMS, "task"):
+                continue
             folder = comparison.run(f"{name}, seed {seed}", [*COMMON, *settings, f"seed={seed}"])
             played[name].append(outcomes(folder))
     direct = direct_answers(comparison.start(), Arithmetic(test_size=2500))
@@ -74,7 +77,7 @@ def main() -> None:
     for name, runs in played.items():
         calls = float(np.mean([calls_of(found) for found in runs]))
         accuracy = float(np.mean([mean(found, "accuracy") for found in runs]))
-        low = accuracy_difference_low(runs, played["task"])
+        low = accuracy_difference_low(runs, played["task"][: len(runs)])
         saved = (base - calls) / max(base - oracle_calls, 1e-9)
         by_digits = " ".join(f"{np.mean([mean(found, 'tool_calls', d) for found in runs]):.2f}" for d in "123")
         rows.append((name, accuracy, low, calls, by_digits, saved, accuracy / calls if calls else float("inf")))
