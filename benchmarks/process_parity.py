@@ -136,7 +136,7 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
     from training.lora import merged_weights
     from training.prompts import PromptOrder
     from training.ranks import Ranks
-    from training.sharding import whole, whole_weights
+    from training.sharding import is_sharded, whole, whole_weights
     from training.stream import RolloutStream
     from training.together import Together
 
@@ -197,6 +197,9 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
     else:
         trainer.steps = together.followed()
     trainer.train()
+    spread = [is_sharded(each) for each in (model, trainer.critic and trainer.critic.model) if each is not None]
+    if any(spread) != all(spread) or any(spread) != (cfg.trainer.keys() & {"fsdp"} != set() or _stage(cfg) == 3):
+        raise AssertionError(f"sharded: {spread}, under {dict(cfg.trainer)}")
     last = {name: value.clone() for name, value in merged_weights(model)}
     critic_last = {n: v.clone() for n, v in whole_weights(trainer.critic.model)} if trainer.critic else {}
     if ranks.leads:
@@ -204,6 +207,10 @@ def replay(folder: Path, out: Path, overrides: list[str]) -> None:
         critic = {name: critic_last[name] - critic_first[name] for name in critic_first}
         torch.save({"gradients": gradients, "changes": changes, "critic": critic}, out / "result.pt")
     ranks.close()
+
+
+def _stage(cfg: Any) -> int:
+    return cfg.trainer.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
 
 
 def relative(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -84,7 +84,7 @@ class RolloutTrainer(Trainer):
         if self.args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # the one is read anew
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> Iterator[StepBatch]:
