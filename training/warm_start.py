@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -46,11 +47,18 @@ def collate(rows: list[dict[str, Any]], pad_id: int, row_tokens: int) -> dict[st
     return {field.name: getattr(batch, field.name) for field in fields(batch)}
 
 
-def weighted_loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of own tokens under one joint normaliser: sum of weight x loss over the sum of weights."""
+def weighted_loss(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    mean: Callable[[torch.Tensor], torch.Tensor] = lambda normaliser: normaliser,
+) -> torch.Tensor:
+    """Cross-entropy of own tokens under one joint normaliser: sum of weight x loss over the sum of weights.
+
+    ``mean`` of the normaliser over processes: the mean of their losses is then that of the whole batch.
+    """
     batch = MicroBatch(**inputs)
     weights = batch.own(batch.weights)
-    return -(weights * token_logprobs(model, batch)[0]).sum() / weights.sum()
+    return -(weights * token_logprobs(model, batch)[0]).sum() / mean(weights.sum())
 
 
 def warm_start(
@@ -74,7 +82,7 @@ def warm_start(
 
     class WeightedSftTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            loss = weighted_loss(model, inputs)
+            loss = weighted_loss(model, inputs, lambda n: self.accelerator.reduce(n, reduction="mean"))
             if not torch.isfinite(loss):
                 step = self.state.global_step + 1
                 raise UserError(f"the loss of warm-start step {step} is {loss.item()}; lower warm_start.learning_rate")
@@ -87,12 +95,17 @@ def warm_start(
                 self.optimizer = Muon(self.model, lr=config.learning_rate, adam_lr=config.learning_rate)
             return super().create_optimizer(model)
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % processes:
+        raise UserError(
+            f"warm_start.batch_size: {config.batch_size} is no multiple of {processes} processes; make it so"
+        )
     attach_head(model)
     rows = tokenised(Chat(tokenizer), demonstrations, config.max_length)
     arguments = Arguments(
         output_dir=str(work_dir),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size,  # of all processes, which split it
         learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type="cosine",
@@ -101,6 +114,8 @@ def warm_start(
         seed=seed,
         data_seed=seed,
         use_cpu=not torch.cuda.is_available(),
+        accelerator_config={"split_batches": processes > 1},
+        ddp_find_unused_parameters=False,
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
