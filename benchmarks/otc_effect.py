@@ -49,10 +49,10 @@ def draw(path: Path, played: dict[str, list[dict[str, Outcome]]], oracle: dict[s
         left.bar(np.arange(3) + (number - len(played) / 2) * width, heights, width, label=name, color=f"C{number}")
     left.set_xticks(range(3), ["one digit", "two digits", "three digits"])
     left.set(ylabel="tool calls a question")
-    left.legend(fontsize=7)
+    figure.legend(fontsize=8, ncols=6, loc="outside upper center", frameon=False)
     for number, runs in enumerate(played.values()):
         right.scatter([mean(f, "tool_calls") for f in runs], [mean(f, "accuracy") for f in runs], color=f"C{number}")
-    right.set(xlabel="tool calls a question", ylabel="accuracy, 2,500 unseen questions")
+    right.set(xlabel="tool calls a question", ylabel="accuracy")
     figure.savefig(path, dpi=130)
 
 
