@@ -9,15 +9,16 @@ have been trained on as often as without kills, every checkpoint that is left mu
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -64,36 +65,44 @@ ARMS = {
 TWO = "two processes"
 KILLS = 2  # an arm; --full: 6, and 8 of two processes
 START_S, END_S = 240.0, 600.0
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def train(overrides: list[str], log: Path) -> None:
+    """``python -m training`` in this process."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["training", *overrides]
+    from training.__main__ import main
+
+    main()
 
 
 class Launched:
     """A run in processes of its own, and all that they start."""
 
     def __init__(self, folder: Path, settings: list[str], *, processes: int, resume: bool) -> None:
-        launcher = ["-m"]
-        if processes > 1:
-            launcher = [
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(processes),
-                "--master-port",
-                _port(),
-                "-m",
-            ]
-        overrides = [*settings, f"run_dir={folder}", f"resume={str(resume).lower()}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        overrides = [*SMALL, *settings, f"run_dir={folder}", f"resume={str(resume).lower()}"]
         self.log = folder.with_suffix(".log")
-        with self.log.open("a") as log:
-            command = [sys.executable, *launcher, "training", *SMALL, *overrides]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self.started = {self.process.pid: psutil.Process(self.process.pid)}
+        if processes == 1:  # out of a process that has imported everything: nothing else is quick enough for 50 kills
+            process = FORKS.Process(target=train, args=(overrides, self.log))
+            process.start()
+            self.ended: Callable[[], int | None] = lambda: process.exitcode
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            with self.log.open("a") as log:
+                command = [sys.executable, *launcher, "-m", "training", *overrides]
+                process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.ended = process.poll
+        self.pid = process.pid
+        self.started = {self.pid: psutil.Process(self.pid)}
 
     def look(self) -> bool:
         """Whether it still runs; remembers what it has started."""
-        if self.process.poll() is not None:
+        if self.ended() is not None:
             return False
-        for child in self.started[self.process.pid].children(recursive=True):
+        for child in self.started[self.pid].children(recursive=True):
             self.started.setdefault(child.pid, child)
         return True
 
@@ -102,19 +111,13 @@ class Launched:
 
     def trainers(self) -> list[int]:
         """Process ids of the training processes: the launcher's children, else the run itself."""
-        found = [p.pid for p in psutil.Process(self.process.pid).children() if "training" in " ".join(p.cmdline())]
-        return sorted(found) or [self.process.pid]
+        found = [p.pid for p in psutil.Process(self.pid).children() if p.environ().get("LOCAL_RANK")]
+        return sorted(found) or [self.pid]
 
     def orphans(self, within_s: float = 60.0) -> list[str]:
         """What is left of it after a while."""
         _, left = psutil.wait_procs(list(self.started.values()), timeout=within_s)
         return [" ".join(p.cmdline())[:120] for p in left if p.status() != psutil.STATUS_ZOMBIE]
-
-
-def _port() -> str:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return str(free.getsockname()[1])
 
 
 def rows(folder: Path) -> int:
@@ -133,7 +136,7 @@ def until(what: str, happened: bool | object, run: Launched, limit_s: float) -> 
         if not run.look():
             return False
         if time.monotonic() > deadline:
-            run.kill(run.process.pid)
+            run.kill(run.pid)
             sys.exit(f"error: {what} did not happen within {limit_s:.0f} s; see {run.log}")
         time.sleep(0.003)
     return True
@@ -154,7 +157,7 @@ def killed_run(folder: Path, settings: list[str], *, processes: int, kills: int,
             else:
                 time.sleep(rng.random() * 0.5)
             run.look()
-        if ended or run.process.poll() is not None:
+        if ended or run.ended() is not None:
             break
         run.kill(rng.choice(run.trainers()))
         until("the end of the other process", lambda: False, run, 120.0)
@@ -205,6 +208,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one algorithm, one kill, no bars")
     parser.add_argument("--full", action="store_true", help="50 kills instead of 16")
     given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    FORKS.set_forkserver_preload(["torch", "vllm", "training.run"])
     report = Report("resume")
     kind = "-quick" if given.quick else "-full" if given.full else ""
     root = STORE / "resume" / (code() + kind)
