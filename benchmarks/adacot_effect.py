@@ -48,7 +48,7 @@ BALANCED = [
     "limits.max_new_tokens=96",
     "evaluation.greedy=false",
 ]
-SELF = ["reward.labels=self", "reasoning.forced_never=0.25"]
+SELF = ["reward.labels=self", "reward.least_seen=2", "reasoning.forced_never=0.25"]  # known from the first visit on
 OFTEN = ["checkpoint.every=8", "checkpoint.keep_last=20", "evaluation.every=8", "evaluation.every_questions=300"]
 FREE = [f"reward.{price}=0" for price in ("alpha_miss", "alpha_over", "gamma_format")]
 ARMS = {
@@ -86,7 +86,7 @@ def thinking_tokens(outcome: Outcome, direct_tokens: int) -> float:
 
 def label_agreement(run: Path, task: Arithmetic) -> float:
     """Share of the prompts that the policy had judged at the end whose label is the task's."""
-    reward = AdaCot(labels="self")
+    reward = AdaCot(labels="self", least_seen=2)
     reward.load_state_dict(torch.load(last_checkpoint(run) / "stream.pt", weights_only=False)["reward"])
     needs = [(reward.need(Episode(row.id, row.id)), row.extras["needs_thought"]) for row in task.rows("train")]
     judged = [mine == truth for mine, truth in needs if mine is not None]

@@ -37,6 +37,19 @@ def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) 
     return float(np.mean([np.mean(part) for part in parts.values()]))
 
 
+def figures_by_class(found: dict[str, Outcome], measures: Sequence[str]) -> dict[str, float]:
+    """Each measure's mean over the difficulties' means, with its 95% interval (normal) as ``_low`` and ``_high``."""
+    figures = {}
+    for measure in measures:
+        parts: dict[str, list[float]] = {}
+        for outcome in found.values():
+            parts.setdefault(outcome["difficulty"], []).append(outcome[measure])
+        middle = float(np.mean([np.mean(part) for part in parts.values()]))
+        spread = 1.96 * math.sqrt(sum(np.var(part, ddof=1) / len(part) for part in parts.values())) / len(parts)
+        figures |= {measure: middle, f"{measure}_low": middle - spread, f"{measure}_high": middle + spread}
+    return figures
+
+
 def evaluated(run: Path, overrides: Sequence[str], name: str) -> dict[str, Outcome]:
     """Outcomes of a run's last checkpoint, or of a checkpoint, on questions that it was not trained for."""
     folder = run / name
