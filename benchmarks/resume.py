@@ -163,10 +163,8 @@ def killed_run(folder: Path, settings: list[str], *, processes: int, kills: int,
         until("the end of the other process", lambda: False, run, 120.0)
         left += run.orphans()
         done += 1
-    if run.process.returncode or done < kills:
-        sys.exit(
-            f"error: {folder.name} ended with exit code {run.process.returncode} after {done} kills; see {run.log}"
-        )
+    if run.ended() or done < kills:
+        sys.exit(f"error: {folder.name} ended with exit code {run.ended()} after {done} kills; see {run.log}")
     return left + run.orphans()
 
 
