@@ -89,12 +89,13 @@ class Launched:
             process = FORKS.Process(target=train, args=(overrides, self.log))
             process.start()
             self.ended: Callable[[], int | None] = lambda: process.exitcode
+            self.wait: Callable[[float], object] = process.join
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             with self.log.open("a") as log:
                 command = [sys.executable, *launcher, "-m", "training", *overrides]
                 process = subprocess.Popen(command, stdout=log, stderr=log)
-            self.ended = process.poll
+            self.ended, self.wait = process.poll, process.wait
         self.pid = process.pid
         self.started = {self.pid: psutil.Process(self.pid)}
 
@@ -102,7 +103,12 @@ class Launched:
         """Whether it still runs; remembers what it has started."""
         if self.ended() is not None:
             return False
-        for child in self.started[self.pid].children(recursive=True):
+        try:
+            children = self.started[self.pid].children(recursive=True)
+        except psutil.NoSuchProcess:  # it ends in this moment
+            self.wait(10)
+            return False
+        for child in children:
             self.started.setdefault(child.pid, child)
         return True
 
