@@ -322,7 +322,7 @@ def make_stream(
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
         sync=lambda: together.sync(trainer.state.global_step),
-        anchor=together.anchor if cfg.anchor.kind == "recomputed" else None,
+        anchor=together.logprobs if cfg.anchor.kind == "recomputed" else None,
         critic=None if trainer.critic is None else together,
         on_round=lambda groups, estimates: log.write_episodes(
             trainer.state.global_step + 1, groups, estimates, cfg.episodes_logged

@@ -120,8 +120,8 @@ def test_too_few_or_unknown_devices_are_refused() -> None:
     ("settings", "message"),
     [
         ({"replicas": 2}, "engine.replicas: this process holds one engine, not 2; take engine=vllm_process"),
-        ({"replicas": 2, "deterministic": True}, "without engine.deterministic"),
-        ({"replicas": 2, "mode": "process", "deterministic": True}, "engine.deterministic: needs"),
+        ({"replicas": 2, "deterministic": True}, "take engine=vllm_process"),
+        ({"replicas": 2, "mode": "http", "deterministic": True}, "engine.deterministic: needs"),
         ({"replicas": 2, "mode": "http", "url": "http://127.0.0.1:1"}, "engine.replicas: the server at engine.url"),
         ({"replicas": 0}, "engine.replicas: 0 must be at least 1"),
         ({"restarts": -1}, "engine.restarts: -1 must not be negative"),

@@ -286,10 +286,10 @@ class Blind(torch.nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.base_model_ = model.base_model
+        self.model = model
 
-    def base_model(self, position_ids: torch.Tensor, **inputs: Any) -> Any:
-        return self.base_model_(**inputs)
+    def forward(self, position_ids: torch.Tensor, **inputs: Any) -> Any:
+        return self.model(**inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
