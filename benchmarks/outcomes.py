@@ -29,23 +29,25 @@ def mean(found: dict[str, Outcome], measure: str, difficulty: str | None = None)
     return float(np.mean([o[measure] for o in found.values() if difficulty in (None, o["difficulty"])]))
 
 
-def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) -> float:
-    """Mean over the difficulties' means: each counts alike, however many unseen questions there are of it."""
+def _classes(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) -> list[list[float]]:
     parts: dict[str, list[float]] = {}
     for question, outcome in found.items():
         parts.setdefault(outcome["difficulty"], []).append(value(question, outcome))
-    return float(np.mean([np.mean(part) for part in parts.values()]))
+    return list(parts.values())
+
+
+def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) -> float:
+    """Mean over the difficulties' means: each counts alike, however many unseen questions there are of it."""
+    return float(np.mean([np.mean(part) for part in _classes(found, value)]))
 
 
 def figures_by_class(found: dict[str, Outcome], measures: Sequence[str]) -> dict[str, float]:
-    """Each measure's mean over the difficulties' means, with its 95% interval (normal) as ``_low`` and ``_high``."""
+    """Each measure's ``by_class``, with its 95% interval (normal) as ``_low`` and ``_high``."""
     figures = {}
     for measure in measures:
-        parts: dict[str, list[float]] = {}
-        for outcome in found.values():
-            parts.setdefault(outcome["difficulty"], []).append(outcome[measure])
-        middle = float(np.mean([np.mean(part) for part in parts.values()]))
-        spread = 1.96 * math.sqrt(sum(np.var(part, ddof=1) / len(part) for part in parts.values())) / len(parts)
+        parts = _classes(found, lambda question, outcome, measure=measure: outcome[measure])
+        middle = float(np.mean([np.mean(part) for part in parts]))
+        spread = 1.96 * math.sqrt(sum(np.var(part, ddof=1) / len(part) for part in parts)) / len(parts)
         figures |= {measure: middle, f"{measure}_low": middle - spread, f"{measure}_high": middle + spread}
     return figures
 

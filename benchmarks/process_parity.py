@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -222,13 +221,9 @@ def relative(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 def launched(mode: str, folder: Path, out: Path, overrides: list[str], processes: int = 1) -> None:
     """This file on one process, or by torchrun on several."""
-    port = socket.socket()
-    port.bind(("", 0))
     launcher = ["-m"]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
-        launcher[2:2] = ["--master-port", str(port.getsockname()[1])]
-    port.close()
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, *launcher, "benchmarks.process_parity", mode, str(folder), str(out), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     out.mkdir(parents=True, exist_ok=True)

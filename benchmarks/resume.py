@@ -1,7 +1,7 @@
 """Runs that are killed (SIGKILL) at random instants and resumed, against runs that are not: nothing is lost.
 
 All algorithms, real vLLM (CPU). On one process with ``engine.deterministic`` the weights must end equal, bit for bit;
-All algorithms, real vLLM (CPU). On one process with ``engine.deterministic`` the weights must end equal, every bit;
+on two, whose engine is a process of its own, within float order. Kills come at a random instant of a random step, every
 third one in the middle of a save, and on two processes they hit one of the two. Every prompt that was asked for must
 have been trained on as often as without kills, every checkpoint that is left must load, and no process may be left.
 """
