@@ -67,10 +67,11 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     def take(self, n: int, *, version: int, max_staleness: int = 0, timeout: float = 600.0) -> list[Group]:
-        """The next ``n`` complete groups, in the order asked for, episodes by sample.
+        """The next ``n`` complete groups of the oldest version, in the order asked for, episodes by sample.
 
-        Groups older than ``max_staleness`` versions are discarded and counted in ``stale``. The wait ends with
-        ``WaitTimeout`` when no episode at all has arrived for ``timeout`` seconds.
+        A younger group waits until all older ones are out: else those with short episodes would go first. Groups older
+        than ``max_staleness`` versions are discarded and counted in ``stale``. The wait ends with ``WaitTimeout`` when
+        no episode at all has arrived for ``timeout`` seconds.
         """
         progress, since = -1, time.monotonic()
         with self._changed:
@@ -79,7 +80,9 @@ class RolloutBuffer:
                     raise self._error
                 for group in [g for g in self.groups.values() if g.complete and version - g.version > max_staleness]:
                     self.stale += len(self.groups.pop(group.group_id).episodes)
-                ready = sorted((g for g in self.groups.values() if g.complete), key=lambda g: g.order)[:n]
+                oldest = min((g.version for g in self.groups.values()), default=0)
+                due = [g for g in self.groups.values() if g.complete and g.version == oldest]
+                ready = sorted(due, key=lambda g: g.order)[:n]
                 if len(ready) == n:
                     break
                 arrived = sum(len(g.episodes) + g.dropped for g in self.groups.values())

@@ -46,6 +46,7 @@ class VllmConfig:
     restarts: int = 3  # how often each replica may die and be started anew within a run
     enforce_eager: bool = True
     deterministic: bool = False  # tokens repeat; in_process also every bit, elsewhere log-probs up to float order
+    sleep_level: int = 0  # while a trainer on the same GPUs works; 1: weights wait in host memory, 2: they are dropped
     keep_cache: bool = False  # at weight updates: what a window cut goes on from KV of older weights
     scheduler_cls: str | None = None
     scheduler_options: dict[str, Any] = field(default_factory=dict)  # reaches the scheduler as additional_config
@@ -72,6 +73,12 @@ class VllmConfig:
             self.replicas == 1 or self.url is None,
             "engine.replicas",
             "the server at engine.url is one; leave the url out to start several",
+        )
+        require(0 <= self.sleep_level <= 2, "engine.sleep_level", f"{self.sleep_level} is not 0, 1 or 2")
+        require(
+            self.sleep_level == 0 or self.url is None,
+            "engine.sleep_level",
+            "the server at engine.url is its owner's to put to sleep; leave the url out to start one",
         )
         require(self.restarts >= 0, "engine.restarts", f"{self.restarts} must not be negative")
         require(

@@ -83,13 +83,19 @@ async def sync(
     *,
     probe: Probe | None = None,
     trainer_logprobs: Callable[[list[list[int]]], list[list[float]]] | None = None,
+    asleep: bool = False,
 ) -> float | None:
     """Send the policy's weights as ``version`` and pass the gate; gives the probe's largest difference.
 
+    An engine that is ``asleep`` is woken in two parts, so that its cache never lies beside weights on their way.
     ``trainer_logprobs`` maps the probe's sequences to the trainer's own log-probs; it runs on a thread, so that
     rollouts on this event loop go on.
     """
+    if asleep:
+        await engine.wake(["weights"])
     await engine.update_weights(stream, version)
+    if asleep:
+        await engine.wake(["kv_cache"])
     if probe is None:
         return None
     if trainer_logprobs is None:

@@ -129,7 +129,7 @@ def make_rollouts(cfg: TrainingConfig, task: Task, axes: Axes, runner: Runner, p
     source = Source(prompts, axes, runner, policy, cfg.batch.prompts, timeout_s, cfg.reasoning)
     if not isinstance(cfg.window, TruncatedConfig):
         spare = math.ceil(cfg.window.spare * cfg.batch.prompts)
-        return CompleteRollouts(source, spare=spare, ahead=cfg.max_staleness > 0)
+        return CompleteRollouts(source, spare=spare, ahead=cfg.max_staleness)
     longest, unfinished = cfg.limits.max_new_tokens, isinstance(cfg.advantage, EgaeConfig)
     slots = cfg.batch.prompts * cfg.budget.samples
     window = Window(runner, cfg.window.tokens(longest), slots, max_age=cfg.window.oldest(longest), once=unfinished)
@@ -169,23 +169,35 @@ class EngineSync:
         self.timeout_s = cfg.engine.timeout_s
         self.difference = 0.0
         self._synced: int | None = None
+        self._level = getattr(cfg.engine, "sleep_level", 0)
+        self._asleep = False
 
     def __call__(self, version: int) -> int:
-        if self._synced != version and self.runner is None:
+        if self._synced == version and self._level == 0:
+            return version
+        if self.runner is None:
             if is_sharded(self.model):
                 collections.deque(merged_weights(self.model), maxlen=0)
                 model_logprobs(base_model(self.model), self.probe.ids)
-        elif self._synced != version:
+        else:
             parts = sync(
                 self.engine,
                 merged_weights(self.model),
                 version,
                 probe=self.probe,
                 trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+                asleep=self._asleep,
             )
             self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
-        self._synced = version
+        self._synced, self._asleep = version, False
         return version
+
+    def rest(self) -> None:
+        """The trainer works now: an engine that shares its device gives memory back, until the next call."""
+        if self._level == 0 or self._asleep or self.runner is None:
+            return
+        self.runner.call(self.engine.sleep(self._level), 2 * self.timeout_s, "the engine to sleep")
+        self._asleep = True
 
     def forget(self) -> None:
         """Sync again at the next call: something else has used the engine's prefix cache."""
@@ -322,6 +334,7 @@ def make_stream(
         pad_id=trainer.processing_class.pad_token_id,
         max_new_tokens=cfg.limits.max_new_tokens,
         sync=lambda: together.sync(trainer.state.global_step),
+        rest=engine_sync.rest,
         anchor=together.logprobs if cfg.anchor.kind == "recomputed" else None,
         critic=None if trainer.critic is None else together,
         on_round=lambda groups, estimates: log.write_episodes(

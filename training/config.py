@@ -84,7 +84,7 @@ class TrainingConfig:
     window: Any = MISSING
     selection: Any = MISSING
     reward: Any = MISSING
-    max_staleness: int = 0
+    max_staleness: int = 0  # rounds that are played while the trainer works on an earlier one; 0: exactly on the policy
     kl: KlConfig = field(default_factory=KlConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -182,21 +182,29 @@ class TrainingConfig:
         return found
 
     def _check_staleness(self) -> None:
-        if self.max_staleness == 0:
+        ahead, sleeps = self.max_staleness, getattr(self.engine, "sleep_level", 0) > 0
+        require(ahead >= 0, "max_staleness", f"{ahead} must not be negative")
+        require(
+            not sleeps or not getattr(self.engine, "keep_cache", False),
+            "engine.keep_cache",
+            "an engine that sleeps while the trainer works gives up its cache; leave it out, or engine.sleep_level",
+        )
+        if ahead == 0:
             return
         require(
-            self.max_staleness == 1 and isinstance(self.window, CompleteConfig),
+            isinstance(self.window, CompleteConfig),
             "max_staleness",
-            f"{self.max_staleness}: 1, one step off the policy, is built for window=complete; others are synchronous",
+            f"{ahead} plays rounds ahead, which is built for window=complete; others are synchronous",
         )
+        require(not sleeps, "max_staleness", f"{ahead} plays while it trains, so the engine cannot sleep; take 0")
         exact = getattr(self.engine, "deterministic", False)
-        require(not exact, "max_staleness", "1 plays while it trains, which engine.deterministic cannot repeat; take 0")
+        require(not exact, "max_staleness", f"{ahead} plays while it trains: never engine.deterministic; take 0")
         again = isinstance(self.selection, DynamicSamplingConfig)
-        require(not again, "max_staleness", "1 asks for a round before the last is judged; take selection=all")
+        require(not again, "max_staleness", f"{ahead} asks for a round before the last is judged; take selection=all")
         require(
             not isinstance(self.correction, NoCorrectionConfig),
             "correction",
-            "max_staleness=1 trains on an older policy's episodes; add correction=tis anchor=recomputed",
+            f"max_staleness={ahead} trains on an older policy's episodes; add correction=tis anchor=recomputed",
         )
 
     def _check_critic(self) -> None:

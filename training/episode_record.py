@@ -94,9 +94,10 @@ def scored(micro_batches: Sequence[MicroBatch], logprobs: Sequence[Any]) -> dict
 
 
 def _runs(episode: Episode, estimate: Estimate, decode: Decode) -> list[dict[str, Any]]:
-    """Of each unbroken run of own tokens, which is one turn: ``text``, ``advantage`` and ``engine`` (log-probs).
+    """Of each unbroken run of own tokens, which is one turn: ``text``, ``advantage``, ``engine`` (log-probs).
 
-    ``advantage`` is one number where all are equal; ``gap`` is the place and number of tokens that were left out.
+    ``version`` is that of the policy that wrote a token; it and ``advantage`` are one number where all are equal.
+    ``gap`` is the place and number of tokens that were left out.
     """
     kept, runs, at = _kept(episode.own_tokens), [], 0
     for sequence, advantages in zip(episode.sequences, estimate.advantages, strict=True):
@@ -107,8 +108,9 @@ def _runs(episode: Episode, estimate: Estimate, decode: Decode) -> list[dict[str
             chosen = part[kept[at : at + len(part)]]
             run: dict[str, Any] = {
                 "text": [decode([sequence.token_ids[i]]) for i in own[chosen]],
-                "advantage": _compact(advantages[chosen]),
+                "advantage": _compact([round(float(value), 4) for value in advantages[chosen]]),
                 "engine": [round(sequence.behaviour_logprobs[i] or 0.0, 4) for i in own[chosen]],
+                "version": _compact([sequence.versions[i] for i in own[chosen]]),
             }
             if len(chosen) < len(part):
                 first_missing = int(np.flatnonzero(~kept[at : at + len(part)])[0])
@@ -124,9 +126,8 @@ def _kept(tokens: int) -> np.ndarray:
     return (places < MOST_TOKENS // 2) | (places >= tokens - MOST_TOKENS // 2)
 
 
-def _compact(values: np.ndarray) -> float | list[float]:
-    rounded = [round(float(value), 4) for value in values]
-    return rounded[0] if len(set(rounded)) == 1 else rounded
+def _compact(values: list[float]) -> float | list[float]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _prompt(sequence: EpisodeSequence) -> list[int]:

@@ -7,7 +7,7 @@ import random
 from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rollout.buffer import Group, RolloutBuffer
 from rollout.episode import Episode
@@ -37,10 +37,10 @@ class Round:
 
 
 class Rollouts(Protocol):
-    """A member of the ``window`` group. ``ahead``: it plays while the trainer works."""
+    """A member of the ``window`` group. ``ahead``: rounds that it plays while the trainer works."""
 
     source: Source
-    ahead: bool
+    ahead: int
 
     def play(self, version: int) -> Round:
         """Play until there is something to train on; rewards are set."""
@@ -48,6 +48,13 @@ class Rollouts(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Flight(NamedTuple):
+    """One round's jobs in the air."""
+
+    jobs: list[Job]
+    futures: list[Future[Episode]]
 
 
 @dataclass
@@ -104,60 +111,68 @@ class CompleteRollouts:
     """Every episode to its end: whole groups, and the engine waits for the longest.
 
     ``spare``: so many more prompts are started than a round needs; the first groups to end are kept, the others thrown
-    away. ``ahead``: the next round is played while the trainer works on this one, one step off the policy.
+    away. ``ahead``: so many later rounds are played while the trainer works on this one. Each is trained in its turn,
+    as many weight updates after it was started as there are rounds ahead, whatever its episodes' lengths.
     """
 
-    def __init__(self, source: Source, *, spare: int = 0, ahead: bool = False) -> None:
+    def __init__(self, source: Source, *, spare: int = 0, ahead: int = 0) -> None:
         self.source, self.spare, self.ahead = source, spare, ahead
         self.buffer = RolloutBuffer()
-        self._playing: list[tuple[Job, Future[Episode]]] = []
-        self._version = 0  # of the policy when they were asked for
+        self._flights: deque[Flight] = deque()  # the oldest first
+        self._started = 0  # rounds: what the buffer counts as versions
 
     def play(self, version: int) -> Round:
         source, past = self.source, Round([], [], 0, 0)
+        self._fly_ahead()
         for _ in range(source.axes.selection.max_rounds):
             missing = source.size - len(past.kept)
-            if not self._playing:
-                self._start([job for _, jobs in source.jobs(missing + self.spare) for job in jobs], version)
-            past.slots += len(self._playing)
-            groups = [source.rewarded(group) for group in self._take(version)]
+            if not self._flights:
+                self._start(missing + self.spare)
+            past.slots += len(self._flights[0].jobs)
+            groups = [source.rewarded(group) for group in self._take()]
             past.seen += groups
             past.kept += [group for group in groups if group.episodes and source.axes.selection.keep(group.episodes)]
             if len(past.kept) >= source.size:
                 break
         past.drops, self.buffer.drops = self.buffer.drops, Counter()
         past.tokens = sum(episode.own_tokens for group in past.seen for episode in group.episodes)
-        past.metrics = {"rollout/stale": float(self.buffer.stale)}
-        if self.ahead:
-            self._start([job for _, jobs in source.jobs(source.size) for job in jobs], version)
+        self._fly_ahead()
         return past
 
     def state_dict(self) -> dict[str, Any]:
         """What is in the air: played again from the start by whoever takes up from here."""
-        return {"jobs": [job for job, _ in self._playing], "version": self._version}
+        return {"flights": [flight.jobs for flight in self._flights]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["jobs"]:
-            self._start(state["jobs"], state["version"])
+        for jobs in state["flights"]:
+            self._play(jobs)
 
-    def _start(self, jobs: list[Job], version: int) -> None:
-        self._version = version
+    def _fly_ahead(self) -> None:
+        while len(self._flights) < self.ahead:
+            self._start(self.source.size)
+
+    def _start(self, prompts: int) -> None:
+        self._play([job for _, jobs in self.source.jobs(prompts) for job in jobs])
+
+    def _play(self, jobs: list[Job]) -> None:
+        self._started += 1
         for visit, size in Counter(job.group_id for job in jobs).items():
-            self.buffer.expect(visit, size, version)
+            self.buffer.expect(visit, size, self._started)
         # Engines that share the work should not get all of a large group each; siblings share their prompt's KV anyway.
-        random.Random(f"{self.source.prompts.seed} {jobs[0].group_id}").shuffle(jobs)
-        self._playing = self.source.runner.fill(self.buffer, jobs, self.source.policy.speaker)
+        mixed = random.Random(f"{self.source.prompts.seed} {jobs[0].group_id}").sample(jobs, len(jobs))
+        started = self.source.runner.fill(self.buffer, mixed, self.source.policy.speaker)
+        self._flights.append(Flight(jobs, [future for _, future in started]))
 
-    def _take(self, version: int) -> list[Group]:
-        """The groups of this round: all that were started, less the spare ones that took longest."""
-        started = len({job.group_id for job, _ in self._playing})
-        source, stale = self.source, int(self.ahead)
+    def _take(self) -> list[Group]:
+        """The groups of the oldest flight: all that were started, less the spare ones that took longest."""
+        flight = self._flights.popleft()
+        started = len({job.group_id for job in flight.jobs})
         late = min(self.spare, max(started - 1, 0))
-        groups = self.buffer.take(started - late, version=version, max_staleness=stale, timeout=source.timeout_s)
-        for _, future in self._playing:
+        rules = {"version": self._started, "max_staleness": self.ahead, "timeout": self.source.timeout_s}
+        groups = self.buffer.take(started - late, **rules)
+        for future in flight.futures:
             future.cancel()  # the late ones; the others are done
-        self.buffer.take(late, version=version, max_staleness=stale, timeout=source.timeout_s)
-        self._playing = []
+        self.buffer.take(late, **rules)
         return groups
 
 
@@ -170,7 +185,7 @@ class TruncatedRollouts:
     without a step, until as many groups have ended as the selection may see in one.
     """
 
-    ahead = False
+    ahead = 0
 
     def __init__(self, source: Source, window: Window, *, unfinished: bool) -> None:
         self.source, self.window, self.unfinished = source, window, unfinished

@@ -137,6 +137,7 @@ class Run:
         if self.ranks.leads:
             self._evaluate(step, self.task.rows("test")[:questions], title)
         self.sync.forget()  # what the evaluation left in the prefix cache must not touch training
+        self.sync.rest()
 
     def _evaluate(self, step: int, rows: list[Row], title: str) -> None:
         settings = self.cfg.evaluation

@@ -58,7 +58,8 @@ class ValueModel(Protocol):
 class RolloutStream:
     """Endless and stateful. Each round of rollouts gives ``epochs × minibatches`` optimizer steps.
 
-    ``sync`` brings the engine to the trainer's weights and returns their version; ``anchor`` gives the trainer's own
+    ``sync`` brings the engine to the trainer's weights and returns their version; ``rest`` says that the trainer works
+    from here to the next; ``anchor`` gives the trainer's own
     log-probs of micro-batches, and is None where the ratio is taken against the engine's. ``on_round`` sees the
     groups with their estimates, for logs; ``on_warm_up`` each round that trains the critic alone. ``engine_steps``
     counts those of the engine. ``on_scored`` gets the trainer's log-probs of micro-batches where they are known before
@@ -76,6 +77,7 @@ class RolloutStream:
         pad_id: int,
         max_new_tokens: int,
         sync: Callable[[], int],
+        rest: Callable[[], None] = lambda: None,
         anchor: Callable[[list[MicroBatch]], list[torch.Tensor]] | None = None,
         critic: ValueModel | None = None,
         on_round: Callable[[list[Group], list[list[Estimate]]], None] = lambda groups, estimates: None,
@@ -89,7 +91,7 @@ class RolloutStream:
         self.rollouts, self.batch = rollouts, batch
         self.axes = rollouts.source.axes
         self.seed, self.pad_id, self.max_new_tokens = seed, pad_id, max_new_tokens
-        self.sync, self.anchor, self.critic = sync, anchor, critic
+        self.sync, self.rest, self.anchor, self.critic = sync, rest, anchor, critic
         self.on_round, self.on_warm_up, self.engine_steps = on_round, on_warm_up, engine_steps
         self.keep_zero, self.think_id, self.processes = keep_zero, think_id, processes
         self.on_scored = on_scored
@@ -134,7 +136,7 @@ class RolloutStream:
         before = activity.seconds()
         played = self.rollouts.play(version)
         elapsed = time.monotonic() - synced
-        metrics = round_metrics(played)
+        metrics = round_metrics(played) | staleness(played.kept, version)
         metrics |= rollout_seconds(before, activity.seconds(), elapsed, ahead=self.rollouts.ahead)
         metrics["time/sync"] = synced - start
         if not self.rollouts.ahead:  # else it was played while the trainer worked, and this is only what was waited for
@@ -142,6 +144,9 @@ class RolloutStream:
         if self.engine_steps and not self.rollouts.ahead:
             metrics["rollout/engine_steps"] = float(self.engine_steps() - steps)
             metrics["rollout/occupancy"] = played.tokens / max(metrics["rollout/engine_steps"] * played.slots, 1.0)
+        resting = time.monotonic()
+        self.rest()
+        metrics["time/sync"] += time.monotonic() - resting
         groups = self._members(played.kept)
         self.on_round(played.kept, [[member.estimate for member in group] for group in groups])
         if self.critic is not None and self.rounds < self.critic.config.warmup_rounds:
@@ -269,6 +274,18 @@ def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
     full = np.zeros(len(mask))
     full[mask] = values
     return full
+
+
+def staleness(groups: list[Group], version: int) -> dict[str, float]:
+    """How many updates old the policy was that wrote a token: mean and largest, over the policy's own tokens.
+
+    ``version`` is that of the policy that will be trained on them.
+    """
+    sequences = [sequence for group in groups for episode in group.episodes for sequence in episode.sequences]
+    ages = version - np.array([wrote for sequence in sequences for wrote in sequence.versions if wrote >= 0])
+    if not len(ages):
+        return {}
+    return {"rollout/staleness": float(ages.mean()), "rollout/staleness_max": float(ages.max())}
 
 
 def round_metrics(played: Round) -> dict[str, float]:

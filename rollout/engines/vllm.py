@@ -94,7 +94,7 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
     if torch.cuda.is_available():  # not run on GPU
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_chunked_prefill"] = not config.deterministic
-        arguments["enable_sleep_mode"] = True
+        arguments["enable_sleep_mode"] = config.sleep_level > 0
     else:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
         arguments["enable_chunked_prefill"] = False

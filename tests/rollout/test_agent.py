@@ -211,6 +211,18 @@ def test_groups_come_out_in_the_order_asked_for_and_stale_ones_do_not() -> None:
     assert buffer.stale == 2
 
 
+def test_a_younger_group_does_not_go_before_an_older_one() -> None:
+    buffer = RolloutBuffer()
+    for name, version in (("long", 0), ("short", 1)):
+        buffer.expect(name, 1, version)
+    buffer.add(Episode("p", "short", 0))
+    with pytest.raises(WaitTimeout, match="0 of 1 groups are complete"):
+        buffer.take(1, version=1, max_staleness=1, timeout=0.05)
+    buffer.add(Episode("p", "long", 0))
+    taken = [buffer.take(1, version=1, max_staleness=1)[0].group_id for _ in range(2)]
+    assert taken == ["long", "short"]
+
+
 def test_tool_errors_are_not_failures() -> None:
     @tool(timeout=None)
     def picky(x: int) -> str:

@@ -63,7 +63,7 @@ def two_turns() -> Episode:
     sequence = Sequence.open([1, 2, 3])
     sequence.append_own([10, 11, 12], [-0.1, -0.2, -0.3], [0, 0, 0])
     sequence.append_injected([4, 5])
-    sequence.append_own([13, 14], [-0.4, -0.5], [0, 0])
+    sequence.append_own([13, 14], [-0.4, -0.5], [1, 2])
     asked = ToolCall("calculator", {})
     turns = [Turn("", "", [asked], [ToolResult(asked, "2", False, 0.1)]), Turn("", "2")]
     return Episode("p", "g", sequences=[sequence], turns=turns, rewards={"task": 1.0})
@@ -90,9 +90,10 @@ def test_each_own_token_has_its_text_its_advantage_and_both_log_probs(tmp_path: 
         "text": ["w10", "w11", "w12"],
         "advantage": 0.5,
         "engine": [-0.1, -0.2, -0.3],
+        "version": 0,
         "difference": [None, pytest.approx(0.11), pytest.approx(0.12)],
     }
-    assert second["text"] == ["w13", "w14"] and second["advantage"] == [0.25, -1.0]
+    assert second["text"] == ["w13", "w14"] and second["advantage"] == [0.25, -1.0] and second["version"] == [1, 2]
     assert second["difference"] == pytest.approx([0.13, 0.14])
 
 

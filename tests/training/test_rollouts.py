@@ -39,10 +39,10 @@ from training.members import ValueModelConfig
 from training.packing import MicroBatch
 from training.prompts import PromptOrder
 from training.rewards import TaskReward
-from training.rollouts import Axes, Round, Source, TruncatedRollouts
+from training.rollouts import Axes, CompleteRollouts, Round, Source, TruncatedRollouts
 from training.selection import All, DynamicSampling
 from training.settings import BatchConfig
-from training.stream import RolloutStream
+from training.stream import RolloutStream, staleness
 
 if TYPE_CHECKING:
     from rollout.engines.vllm_in_process import InProcessEngine
@@ -362,6 +362,41 @@ def test_partly_started_groups_and_waiting_jobs_are_state() -> None:
         while len(given) < 6:
             given += map(members, later.rollouts.play(1).kept)
         assert sorted(given[:6]) == sorted([f"{visit}/{i}" for i in range(3)] for visit in visits(3, 6)), "none lost"
+
+
+@contextlib.contextmanager
+def complete(script: Script, ahead: int) -> Iterator[tuple[CompleteRollouts, Rig]]:
+    """Two prompts a round, two samples each, so many rounds ahead of the trainer."""
+    with rig(script, 10_000, 4) as r:
+        r.clock.open = lambda: True
+        axes = Axes(Uniform(2), Finished(), Group(), All())
+        source = Source(PromptOrder(ROWS, seed=1), axes, r.runner, replace(r.policy, window=None), 2, 10.0)
+        yield CompleteRollouts(source, ahead=ahead), r
+
+
+@settings(deadline=None, max_examples=25)
+@given(episodes(), st.integers(0, 3))
+def test_rounds_are_trained_in_their_turn_and_no_staler_than_asked(script: list[list[list[int]]], ahead: int) -> None:
+    with complete(scripted(script), ahead) as (rollouts, r):
+        for turn in range(5):
+            r.clock.version = version = 3 * turn  # every round trains for three steps
+            past = rollouts.play(version)
+            assert [group.group_id for group in past.kept] == visits(5, 2 * turn + 2)[2 * turn :], "long ones too"
+            assert all(members(group) == [f"{group.group_id}/0", f"{group.group_id}/1"] for group in past.kept)
+            found = staleness(past.kept, version)
+            assert 0 <= found["rollout/staleness"] <= found["rollout/staleness_max"] <= 3 * ahead
+            assert len(rollouts.state_dict()["flights"]) == ahead
+
+
+def test_rounds_in_the_air_are_played_again_by_whoever_takes_up() -> None:
+    with complete(lengths(3, 20), 2) as (rollouts, _):
+        rollouts.play(0)
+        kept = pickle.loads(pickle.dumps((rollouts.state_dict(), rollouts.source.prompts.state_dict())))
+        on = [[group.group_id for group in rollouts.play(version).kept] for version in (1, 2, 3)]
+    with complete(lengths(3, 20), 2) as (later, _):
+        later.source.prompts.load_state_dict(kept[1])
+        later.load_state_dict(kept[0])
+        assert [[group.group_id for group in later.play(version).kept] for version in (1, 2, 3)] == on
 
 
 def visits(rows: int, n: int) -> list[str]:

@@ -95,7 +95,8 @@ WAYS = {
     "tppo": ["algorithm=tppo", "window.length=5", "engine.keep_cache=true"],
     "partial": ["algorithm=ppo", "window=truncated", "window.length=5", *EXACT],
     "groups of windows": ["window=truncated", "window.length=5", *EXACT],
-    "one step off": ["max_staleness=1", *EXACT],
+    "rounds ahead": ["max_staleness=2", "batch.minibatches=2", *EXACT],
+    "on the trainer's device": ["engine.sleep_level=2", "algorithm=ppo", "batch.minibatches=2", "evaluation.every=3"],
     "over-provisioned": ["window=over_provisioned"],
     "knapsack": ["budget=knapsack", "budget.least_seen=2", "advantage=rloo"],
     "tokens": ["budget=bayes_knapsack", "budget.cost=tokens", "batch.minibatches=2", "selection=dynamic_sampling"],
@@ -129,7 +130,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: Path) -> None:
-    critic = ["critic.warmup_rounds=2", "critic.optimizer.learning_rate=0.01"] if "algorithm" in WAYS[way][0] else []
+    judged = any(setting.startswith("algorithm=") for setting in WAYS[way])
+    critic = ["critic.warmup_rounds=2", "critic.optimizer.learning_rate=0.01"] if judged else []
     own_reward = any(setting.startswith("reward=") for setting in WAYS[way])
     small = [setting for setting in SMALL if not (own_reward and setting.startswith("reward."))]
     # Groups of two, so that a group may end in two windows.
@@ -142,6 +144,8 @@ def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: P
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert max(row.get("policy/tokens", 0.0) for row in rows) > 0
     assert (tmp_path / "run" / "checkpoints" / "step-8" / "critic").exists() == bool(critic)
+    slept = (tmp_path / "run" / "engine.log").read_text().count("seconds to fall asleep")
+    assert slept >= 4 if "engine.sleep_level=2" in WAYS[way] else slept == 0
     if "budget=" in " ".join(WAYS[way]):
         known = SuccessHistory.read(tmp_path / "run" / "checkpoints" / "step-8").visits.values()
         trained = sum(row.get("rollout/episodes", 0) for row in rows)

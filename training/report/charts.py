@@ -47,6 +47,12 @@ LEARNING = [
         log=True,
     ),
     Chart(
+        "Staleness",
+        "updates between the policy that wrote a token and the one that trains on it",
+        {"rollout/staleness": "mean", "rollout/staleness_max": "largest"},
+        zero=True,
+    ),
+    Chart(
         "Groups",
         "shares: rollouts whose group varies; groups all right, all wrong",
         {

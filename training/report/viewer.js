@@ -63,6 +63,8 @@ function tokenStrip(tokens, mode, scale) {
     const lines = [JSON.stringify(text), `advantage: ${format(valueOf(tokens, "advantage", i))}`, `engine: ${format(engine)}`];
     lines.push(difference === null ? "trainer: not known" : `trainer: ${format(engine + difference)}`);
     if (difference !== null) lines.push(`trainer − engine: ${format(difference)}`);
+    const version = valueOf(tokens, "version", i);
+    if (version !== null) lines.push(`policy version: ${version}`);
     token.addEventListener("pointermove", (event) => showTip(event, lines.join("\n")));
     token.addEventListener("pointerleave", hideTip);
     strip.append(token);
