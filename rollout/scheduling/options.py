@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import UserError
-from rollout.scheduling.policies import POLICIES, STOCK, Policy
+from rollout.scheduling.policies import POLICIES, STOCK
+from rollout.scheduling.policy import Policy
 
 KEY = "turnstile"
 CLAIRVOYANT = "clairvoyant"  # a bound, not a policy

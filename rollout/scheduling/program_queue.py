@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
-from rollout.scheduling.policies import Key, Policy
+from rollout.scheduling.policy import Key, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -29,7 +29,7 @@ from rollout.scheduling.latency import ToolLatencies
 from rollout.scheduling.metrics import Publisher
 from rollout.scheduling.options import Options
 from rollout.scheduling.pins import Pins
-from rollout.scheduling.policies import Load
+from rollout.scheduling.policy import Load
 from rollout.scheduling.program_queue import ProgramQueue
 from rollout.scheduling.programs import RELEASE, Job, Marks, Pin, Program, Programs, Turn
 from rollout.scheduling.rebuild import RebuildTime

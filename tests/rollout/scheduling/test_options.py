@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from rollout.errors import UserError
 from rollout.scheduling.options import Options
-from rollout.scheduling.policies import POLICIES, STOCK, FixedTtl, ProgramCap, Turnstile
+from rollout.scheduling.policies import POLICIES, STOCK, FixedTtl, ProgramCap
+from rollout.scheduling.turnstile import Turnstile
 
 BAD: list[tuple[dict[Any, Any], str]] = [
     ({"policy": "lru"}, "'lru'"),

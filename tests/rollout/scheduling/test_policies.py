@@ -15,22 +15,20 @@ from rollout.scheduling.latency import PERSON, ToolLatencies
 from rollout.scheduling.policies import (
     POLICIES,
     STOCK,
-    Clairvoyant,
     Continuum,
     Eta,
     FixedTtl,
     InferCept,
-    Load,
     PinToPressure,
     Plas,
-    Policy,
     ProgramCap,
     ProgramFcfs,
     SkiRental,
-    Turnstile,
     optimal_ttl,
 )
+from rollout.scheduling.policy import Load, Policy
 from rollout.scheduling.programs import Pin, Programs, Turn
+from rollout.scheduling.turnstile import Clairvoyant, Turnstile
 
 
 class World:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.v1.request import Request
 
 from rollout.scheduling.latency import ToolLatencies
-from rollout.scheduling.policies import Key, Policy
+from rollout.scheduling.policy import Key, Policy
 from rollout.scheduling.program_queue import ProgramQueue
 from rollout.scheduling.programs import Programs, Turn
 from tests.rollout.scheduling.driver import request
