@@ -34,7 +34,6 @@ class RolloutBuffer:
     def __init__(self) -> None:
         self.groups: dict[str, Group] = {}
         self.drops: Counter[str] = Counter()
-        self.stale = 0
         self._error: BaseException | None = None
         self._asked = 0
         self._changed = threading.Condition()
@@ -66,20 +65,18 @@ class RolloutBuffer:
             self._error = error
             self._changed.notify_all()
 
-    def take(self, n: int, *, version: int, max_staleness: int = 0, timeout: float = 600.0) -> list[Group]:
+    def take(self, n: int, *, timeout: float = 600.0) -> list[Group]:
         """The next ``n`` complete groups of the oldest version, in the order asked for, episodes by sample.
 
-        A younger group waits until all older ones are out: else those with short episodes would go first. Groups older
-        than ``max_staleness`` versions are discarded and counted in ``stale``. The wait ends with ``WaitTimeout`` when
-        no episode at all has arrived for ``timeout`` seconds.
+        A younger group waits until all older ones are out, which bounds the staleness of each; else those with short
+        episodes would go first. The wait ends with ``WaitTimeout`` when no episode at all has arrived for ``timeout``
+        seconds.
         """
         progress, since = -1, time.monotonic()
         with self._changed:
             while True:
                 if self._error is not None:
                     raise self._error
-                for group in [g for g in self.groups.values() if g.complete and version - g.version > max_staleness]:
-                    self.stale += len(self.groups.pop(group.group_id).episodes)
                 oldest = min((g.version for g in self.groups.values()), default=0)
                 due = [g for g in self.groups.values() if g.complete and g.version == oldest]
                 ready = sorted(due, key=lambda g: g.order)[:n]

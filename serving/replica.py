@@ -71,7 +71,7 @@ class Replica:
     async def _replace(self, session: aiohttp.ClientSession, console: Console, start_timeout: float) -> bool:
         self.up = False
         code = self.server.process.poll()
-        self.server.kill()
+        await asyncio.to_thread(self.server.kill)
         if code is not None and code < 0:
             cause = f"was killed by {signal.Signals(-code).name}"
         else:
@@ -83,11 +83,11 @@ class Replica:
             start = time.monotonic()
             self.due = start + self.start_s
             self.restarts += 1
-            self.server = self._launch(HERE, free_port(HERE, 0))
             try:
+                self.server = self._launch(HERE, free_port(HERE, 0))
                 await self._started(session, start, start_timeout)
-            except (EngineDied, WaitTimeout) as error:
-                self.server.kill()
+            except (EngineDied, WaitTimeout, OSError) as error:  # OSError: no memory, no room for the log
+                await asyncio.to_thread(self.server.kill)
                 console.print(f"replica {self.index}   {error}", markup=False)
             else:
                 self.ready(time.monotonic() - start)

@@ -21,6 +21,8 @@ from rollout.errors import EngineDied, UserError, WaitTimeout
 PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 BACKLOG = 2048  # connections that wait to be accepted, as vLLM's own server has
 MAX_CHARS = 300  # of an error taken from the log
+LOG_TAIL = 2**20  # bytes of the log in which an error is looked for: after days it is long
+KILLED_S = 30.0  # for a killed process to be gone
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] )?")
 ERROR_LINE = re.compile(r"([\w.]*(Error|Exception)|[\w.]+: error): ")
 ELSEWHERE = re.compile(r"[Ss]ee (root cause|stack trace)")  # an error that only points to another
@@ -117,14 +119,17 @@ class Server:
         stop_all([self], timeout)
 
     def kill(self) -> None:
-        """End the whole session at once."""
+        """End the whole session at once; a process that a driver holds may outlast it, and its wait is bounded."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILLED_S)
 
     def last_words(self) -> str:
         """The last error in the log, rather one that does not point to another; else the last line."""
-        text = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace")
+        with self.log.open("rb") as stream:
+            stream.seek(max(self._log_start, self.log.stat().st_size - LOG_TAIL))
+            text = stream.read().decode("utf-8", errors="replace")
         lines = [LOG_PREFIX.sub("", line).strip() for line in text.splitlines() if line.strip()]
         errors = [i for i, line in enumerate(lines) if ERROR_LINE.match(line)]
         named = [i for i in errors if not ELSEWHERE.search(lines[i])] or errors

@@ -27,6 +27,7 @@ from rollout.window import Window
 from training import checkpoint, journal
 from training.config import TrainingConfig
 from training.critic import Critic, make_critic
+from training.device import give_memory_back, own_device
 from training.head import attach_head, respects_boundaries, token_logprobs
 from training.lora import add_adapter, base_model, merged_weights
 from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, TruncatedConfig
@@ -82,6 +83,7 @@ def make_policy_model(
     """The model to train, with its fused head and, for LoRA, its adapter."""
     torch.manual_seed(cfg.seed)  # an adapter begins at random: the same in a run and in its resumption
     model, tokenizer = load_policy(path, dtype=cfg.model.dtype, attention=cfg.model.attention)
+    model.to(own_device())  # before the trainer has it, it is asked for log-probs; its attention may be for GPUs only
     attach_head(model, temperature=cfg.sampling.temperature)
     if cfg.lora is not None:
         model = add_adapter(model, cfg.lora, adapter)
@@ -159,13 +161,19 @@ class EngineSync:
     """
 
     def __init__(
-        self, cfg: TrainingConfig, runner: Runner | None, engine: Engine | None, model: Any, probe_ids: list[list[int]]
+        self,
+        cfg: TrainingConfig,
+        ranks: Ranks,
+        runner: Runner | None,
+        engine: Engine | None,
+        model: Any,
+        probe_ids: list[list[int]],
     ) -> None:
         bound = cfg.probe.bound
         if bound is None:  # the coarser of the two dtypes decides
             bound = max(bound_for(cfg.engine.dtype), bound_for(cfg.model.dtype))
         self.probe = Probe(probe_ids, bound)
-        self.runner, self.engine, self.model = runner, engine, model
+        self.ranks, self.runner, self.engine, self.model = ranks, runner, engine, model
         self.timeout_s = cfg.engine.timeout_s
         self.difference = 0.0
         self._synced: int | None = None
@@ -175,6 +183,9 @@ class EngineSync:
     def __call__(self, version: int) -> int:
         if self._synced == version and self._level == 0:
             return version
+        if self._level:
+            give_memory_back()
+            self.ranks.gather(None)  # the engine wakes when every rank has done so
         if self.runner is None:
             if is_sharded(self.model):
                 collections.deque(merged_weights(self.model), maxlen=0)
@@ -226,8 +237,10 @@ def make_reference(cfg: TrainingConfig, model: Any, path: Path | str) -> Callabl
     reference.requires_grad_(False).eval()
 
     def scored(batch: MicroBatch) -> torch.Tensor:
-        reference.to(batch.input_ids.device)
-        with torch.no_grad():
+        device = batch.input_ids.device
+        reference.to(device)
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=bool(cfg.trainer.get("bf16")))  # as the policy's
+        with torch.no_grad(), mixed:
             return token_logprobs(reference, batch)[0]
 
     return scored
@@ -262,7 +275,10 @@ def training_arguments(cfg: TrainingConfig, run_dir: Path) -> Any:
     if "deepspeed" in cfg.trainer and not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         join_deepspeed_on_cpu()
         fixed["accelerator_config"] = {"use_configured_state": True}
-    return TrainingArguments(**{**fixed, **asdict(cfg.optimizer), **cfg.trainer})
+    arguments = TrainingArguments(**{**fixed, **asdict(cfg.optimizer), **cfg.trainer})
+    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available():
+        arguments._n_gpu = 1  # other GPUs are engines': transformers would spread the policy over all with DataParallel
+    return arguments
 
 
 def join_deepspeed_on_cpu() -> None:

@@ -136,11 +136,12 @@ class Critic:
     def save(self, folder: Path) -> None:
         """``folder/critic``: what ``AutoModelForTokenClassification`` loads, with optimizer and schedule beside it."""
         target = folder / FOLDER
-        weights = {name: value.to("cpu", copy=True) for name, value in whole_weights(self.model)}
+        leads = self.accelerator.is_main_process  # the others help to make weights whole, and keep none
+        weights = {name: value.to("cpu", copy=True) for name, value in whole_weights(self.model) if leads}
         if self.is_deepspeed:
             self.wrapped.save_checkpoint(str(target / "deepspeed"), tag="state", client_state={"steps": self.steps})
         moments = None if self.is_deepspeed else get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-        if not self.accelerator.is_main_process:
+        if not leads:
             return
         self.model.save_pretrained(target, state_dict=weights)
         self.tokenizer.save_pretrained(target)

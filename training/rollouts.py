@@ -127,7 +127,7 @@ class CompleteRollouts:
         for _ in range(source.axes.selection.max_rounds):
             missing = source.size - len(past.kept)
             if not self._flights:
-                self._start(missing + self.spare)
+                self._start(missing)
             past.slots += len(self._flights[0].jobs)
             groups = [source.rewarded(group) for group in self._take()]
             past.seen += groups
@@ -152,7 +152,7 @@ class CompleteRollouts:
             self._start(self.source.size)
 
     def _start(self, prompts: int) -> None:
-        self._play([job for _, jobs in self.source.jobs(prompts) for job in jobs])
+        self._play([job for _, jobs in self.source.jobs(prompts + self.spare) for job in jobs])
 
     def _play(self, jobs: list[Job]) -> None:
         self._started += 1
@@ -168,11 +168,10 @@ class CompleteRollouts:
         flight = self._flights.popleft()
         started = len({job.group_id for job in flight.jobs})
         late = min(self.spare, max(started - 1, 0))
-        rules = {"version": self._started, "max_staleness": self.ahead, "timeout": self.source.timeout_s}
-        groups = self.buffer.take(started - late, **rules)
+        groups = self.buffer.take(started - late, timeout=self.source.timeout_s)
         for future in flight.futures:
             future.cancel()  # the late ones; the others are done
-        self.buffer.take(late, **rules)
+        self.buffer.take(late, timeout=self.source.timeout_s)
         return groups
 
 

@@ -22,6 +22,7 @@ from rollout.errors import UserError
 from rollout.evaluation import evaluate, write_outcomes
 from training import build, checkpoint, success_history, summary
 from training.config import TrainingConfig
+from training.device import give_memory_back
 from training.journal import Journal
 from training.models import load_policy
 from training.ranks import Ranks
@@ -68,12 +69,13 @@ class Run:
         self.resume = ranks.agree(checkpoint.latest(directory.checkpoints) if cfg.resume and ranks.leads else None)
         with directory.timed("warm_start"):
             self.first = first_policy(cfg, self.task, directory, ranks)
+        give_memory_back()
         adapter = self.resume / "adapter" if self.resume is not None and cfg.lora is not None else None
         weights = self.first if adapter is not None else self.resume or self.first
         self.model, self.tokenizer = build.make_policy_model(cfg, weights, adapter)
         probe_ids = build.probe_sequences(self.task, Chat(self.tokenizer), cfg.probe.sequences)
         if not ranks.leads:
-            self.sync = build.EngineSync(cfg, None, None, self.model, probe_ids)
+            self.sync = build.EngineSync(cfg, ranks, None, None, self.model, probe_ids)
             return
         start = self.resume or self.first
         settings = build.engine_settings(cfg, start, directory.path)
@@ -85,9 +87,10 @@ class Run:
         stack.callback(lambda: self.runner.call(engine.close(), cfg.engine.timeout_s, "the engine to stop"))
         self.policy = build.make_policy(cfg, engine_of_episodes, self.tokenizer)
         self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
-        self.sync = build.EngineSync(cfg, self.runner, engine_of_episodes, self.model, probe_ids)
+        self.sync = build.EngineSync(cfg, ranks, self.runner, engine_of_episodes, self.model, probe_ids)
         self.journal = Journal(directory.path, self.tokenizer.decode)
         stack.callback(self.journal.flush)  # a step that failed is the one to look at
+        self.sync.rest()  # an optimizer's states may have to be read first
 
     def train(self) -> None:
         """Evaluate, train and evaluate again; a resumed run goes on where its last whole checkpoint stands."""
@@ -98,6 +101,8 @@ class Run:
             directory.go_back_to(done)
         if ranks.agree(cfg.evaluation.before and not directory.evaluations and done == 0):
             self.measure(0, cfg.evaluation.questions, "evaluation before")
+        if done and cfg.max_staleness:
+            self.sync(done)  # rounds in the air begin at once: what they write is of this version
         if done < cfg.steps:  # else transformers would train one step too many
             with directory.timed("training"), stage("training", cfg.steps, "steps") as shown:
                 self.trainer(shown).train(resume_from_checkpoint=None if self.resume is None else str(self.resume))

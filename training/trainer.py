@@ -204,6 +204,7 @@ class RolloutTrainer(Trainer):
             logs = {**logs, **self._metrics, "time/elapsed": self._step_end - self._start}
             logs |= {"time/other": remaining(logs)} | self._rates(logs["time/train"])
         super().log(logs, start_time)
+        del self.state.log_history[:-1]  # goes into every checkpoint; metrics.jsonl has it all
 
     def _updated(self) -> None:
         """The optimizer's own step belongs to training."""

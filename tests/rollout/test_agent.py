@@ -178,7 +178,7 @@ def test_failed_episodes_are_dropped_and_counted_never_scored() -> None:
     runner, buffer = failing_runner(100)
     buffer.expect("g", 3, 0)
     runner.fill(buffer, [Job(ROW, "g", i) for i in range(3)], lambda: Script("<think></think>4"))
-    (group,) = buffer.take(1, version=0, timeout=10)
+    (group,) = buffer.take(1, timeout=10)
     assert group.episodes == [] and group.dropped == 3 and dict(buffer.drops) == {"OSError": 3}
     runner.close()
 
@@ -188,7 +188,7 @@ def test_failures_in_a_row_stop_the_run_loudly() -> None:
     buffer.expect("g", 8, 0)
     runner.fill(buffer, [Job(ROW, "g", i) for i in range(8)], lambda: Script("<think></think>4"))
     with pytest.raises(UserError, match=r"[4-8] episodes in a row failed.*the grader is down"):
-        buffer.take(1, version=0, timeout=10)
+        buffer.take(1, timeout=10)
     runner.close()
 
 
@@ -196,19 +196,18 @@ def test_a_wait_for_episodes_says_what_it_waited_for() -> None:
     buffer = RolloutBuffer()
     buffer.expect("g", 1, 0)
     with pytest.raises(WaitTimeout, match="0 of 1 groups are complete"):
-        buffer.take(1, version=0, timeout=0.05)
+        buffer.take(1, timeout=0.05)
 
 
-def test_groups_come_out_in_the_order_asked_for_and_stale_ones_do_not() -> None:
+def test_groups_come_out_in_the_order_asked_for() -> None:
     buffer = RolloutBuffer()
-    for name, version in (("old", 0), ("b", 3), ("a", 3)):
-        buffer.expect(name, 2, version)
-    for name, sample in (("a", 1), ("b", 1), ("old", 0), ("a", 0), ("b", 0), ("old", 1)):
+    for name in ("b", "a"):
+        buffer.expect(name, 2, 3)
+    for name, sample in (("a", 1), ("b", 1), ("a", 0), ("b", 0)):
         buffer.add(Episode("p", name, sample))
-    groups = buffer.take(2, version=3, max_staleness=1)
+    groups = buffer.take(2)
     assert [g.group_id for g in groups] == ["b", "a"]
     assert [e.sample for e in groups[0].episodes] == [0, 1]
-    assert buffer.stale == 2
 
 
 def test_a_younger_group_does_not_go_before_an_older_one() -> None:
@@ -217,9 +216,9 @@ def test_a_younger_group_does_not_go_before_an_older_one() -> None:
         buffer.expect(name, 1, version)
     buffer.add(Episode("p", "short", 0))
     with pytest.raises(WaitTimeout, match="0 of 1 groups are complete"):
-        buffer.take(1, version=1, max_staleness=1, timeout=0.05)
+        buffer.take(1, timeout=0.05)
     buffer.add(Episode("p", "long", 0))
-    taken = [buffer.take(1, version=1, max_staleness=1)[0].group_id for _ in range(2)]
+    taken = [buffer.take(1)[0].group_id for _ in range(2)]
     assert taken == ["long", "short"]
 
 

@@ -365,13 +365,13 @@ def test_partly_started_groups_and_waiting_jobs_are_state() -> None:
 
 
 @contextlib.contextmanager
-def complete(script: Script, ahead: int) -> Iterator[tuple[CompleteRollouts, Rig]]:
+def complete(script: Script, ahead: int, spare: int = 0) -> Iterator[tuple[CompleteRollouts, Rig]]:
     """Two prompts a round, two samples each, so many rounds ahead of the trainer."""
     with rig(script, 10_000, 4) as r:
         r.clock.open = lambda: True
         axes = Axes(Uniform(2), Finished(), Group(), All())
         source = Source(PromptOrder(ROWS, seed=1), axes, r.runner, replace(r.policy, window=None), 2, 10.0)
-        yield CompleteRollouts(source, ahead=ahead), r
+        yield CompleteRollouts(source, ahead=ahead, spare=spare), r
 
 
 @settings(deadline=None, max_examples=25)
@@ -386,6 +386,15 @@ def test_rounds_are_trained_in_their_turn_and_no_staler_than_asked(script: list[
             found = staleness(past.kept, version)
             assert 0 <= found["rollout/staleness"] <= found["rollout/staleness_max"] <= 3 * ahead
             assert len(rollouts.state_dict()["flights"]) == ahead
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_spare_prompts_are_started_and_given_up_in_every_round(ahead: int) -> None:
+    with complete(lengths(3, 20), ahead, spare=1) as (rollouts, _):
+        rounds = [rollouts.play(version) for version in range(4)]
+    assert [len(past.kept) for past in rounds] == [2, 2, 2, 2]
+    given_up = sum(past.drops["cancelled"] for past in rounds)
+    assert len({group.group_id for past in rounds for group in past.kept}) == 8 and given_up <= 4 * 2
 
 
 def test_rounds_in_the_air_are_played_again_by_whoever_takes_up() -> None:
