@@ -44,6 +44,9 @@ class VllmConfig:
     replicas: int = 1  # engines that share the episodes
     devices: list[int] | None = None  # GPUs of all replicas, in order; None: those that this process sees
     restarts: int = 3  # how often each replica may die and be started anew within a run
+    # How weights arrive. file: through shared memory. Not run on GPU: nccl, to engines with GPUs of their own; ipc, to
+    # engines on the trainer's.
+    transfer: str = "file"
     enforce_eager: bool = True
     deterministic: bool = False  # tokens repeat; in_process also every bit, elsewhere log-probs up to float order
     sleep_level: int = 0  # while a trainer on the same GPUs works; 1: weights wait in host memory, 2: they are dropped
@@ -86,6 +89,20 @@ class VllmConfig:
             "the server at engine.url is its owner's to put to sleep; leave the url out to start one",
         )
         require(self.restarts >= 0, "engine.restarts", f"{self.restarts} must not be negative")
+        transfers = ("file", "nccl", "ipc")
+        require(
+            self.transfer in transfers, "engine.transfer", f"{self.transfer!r} is not one of {', '.join(transfers)}"
+        )
+        require(
+            self.transfer == "file" or self.mode != "in_process",
+            "engine.transfer",
+            f"{self.transfer} is for engines in processes of their own; take engine=vllm_process",
+        )
+        require(
+            self.transfer == "file" or self.url is not None or self.restarts == 0,
+            "engine.restarts",
+            f"engine.transfer={self.transfer} keeps no copy of the weights to start an engine anew on; give 0",
+        )
         require(
             self.devices is None or (self.mode != "in_process" and self.url is None),
             "engine.devices",
@@ -113,9 +130,15 @@ class TransformersConfig:
     num_blocks: int = 1024
     device: str = "auto"  # auto: cuda where there is one
     deterministic: bool = False
+    transfer: str = "file"
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
+        require(
+            self.transfer == "file",
+            "engine.transfer",
+            f"{self.transfer} is vLLM's; take engine=vllm_process, or leave it at file",
+        )
         require(
             not self.deterministic,
             "engine.deterministic",

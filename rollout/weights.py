@@ -9,7 +9,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rollout.engines import Engine
 from rollout.errors import UserError
@@ -33,6 +33,18 @@ def bound_for(dtype: str) -> float:
     if dtype not in BOUNDS:
         raise UserError(f"engine.dtype: no probe bound for {dtype!r}; use one of {', '.join(BOUNDS)}")
     return BOUNDS[dtype]
+
+
+class Weights(Protocol):
+    """A model's weights by transformers' names: a stream that may be read again, and is announced before it is read.
+
+    Where processes hold parts of them, all must read, in step; what ``metadata`` says they need not exchange.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of all that reading gives, in its order."""
 
 
 @dataclass

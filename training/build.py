@@ -17,6 +17,7 @@ from hydra.utils import get_method, instantiate
 from rollout.chat import THINK, Chat
 from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
+from rollout.engines.device_transfer import Follower
 from rollout.errors import UserError
 from rollout.runner import Runner, concurrency
 from rollout.scheduling.files import with_files
@@ -29,10 +30,11 @@ from training.config import TrainingConfig
 from training.critic import Critic, make_critic
 from training.device import give_memory_back, own_device
 from training.head import attach_head, respects_boundaries, token_logprobs
-from training.lora import add_adapter, base_model, merged_weights
+from training.lora import add_adapter, base_model
 from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
+from training.policy_weights import PolicyWeights
 from training.prompts import PromptOrder
 from training.ranks import Ranks
 from training.rollouts import Axes, CompleteRollouts, Rollouts, Source, TruncatedRollouts
@@ -174,6 +176,8 @@ class EngineSync:
             bound = max(bound_for(cfg.engine.dtype), bound_for(cfg.model.dtype))
         self.probe = Probe(probe_ids, bound)
         self.ranks, self.runner, self.engine, self.model = ranks, runner, engine, model
+        self.weights = PolicyWeights(model)
+        self.follower = Follower() if cfg.engine.transfer == "ipc" and runner is None else None
         self.timeout_s = cfg.engine.timeout_s
         self.difference = 0.0
         self._synced: int | None = None
@@ -187,13 +191,16 @@ class EngineSync:
             give_memory_back()
             self.ranks.gather(None)  # the engine wakes when every rank has done so
         if self.runner is None:
+            if self.follower is not None:
+                self.follower.send(self.weights)
+            elif is_sharded(self.model):
+                collections.deque(self.weights, maxlen=0)
             if is_sharded(self.model):
-                collections.deque(merged_weights(self.model), maxlen=0)
                 model_logprobs(base_model(self.model), self.probe.ids)
         else:
             parts = sync(
                 self.engine,
-                merged_weights(self.model),
+                self.weights,
                 version,
                 probe=self.probe,
                 trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),

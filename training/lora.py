@@ -44,6 +44,17 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     Merging in place and back would leave a rounding error in the frozen weights at every sync. What other processes
     hold a part of is made whole, one weight after the other: they must all ask.
     """
+    for name, parameter, module in plain_parameters(model):
+        with gathered([parameter, *(() if module is None else module.parameters())]):
+            value = whole(parameter)
+            if module is not None:
+                for adapter in module.active_adapters:
+                    value = value + module.get_delta_weight(adapter).to(value.dtype)
+            yield name, value
+
+
+def plain_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
+    """Every weight once, as this process holds it: transformers' name, the parameter, the adapted layer it is of."""
     base = base_model(model)
     adapted = {}
     if base is not model:
@@ -53,14 +64,9 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in base.named_parameters():  # yields shared tensors once: a tied head is left out
         if ".lora_" in name or "lora_embedding" in name:
             continue
-        module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if ".base_layer." in name else None
-        merges = module is not None and name.endswith(".weight")
-        with gathered([parameter, *(module.parameters() if merges else ())]):
-            value = whole(parameter)
-            if merges:
-                for adapter in module.active_adapters:
-                    value = value + module.get_delta_weight(adapter).to(value.dtype)
-            yield name.replace(".base_layer.", "."), value
+        merges = ".base_layer." in name and name.endswith(".weight")
+        module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if merges else None
+        yield name.replace(".base_layer.", "."), parameter, module
 
 
 @torch.no_grad()

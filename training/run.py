@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from rollout import plots
 from rollout.chat import Chat
 from rollout.display import Stage, console, stage
+from rollout.engines.device_transfer import check_transfer
 from rollout.environment import Row
 from rollout.errors import UserError
 from rollout.evaluation import evaluate, write_outcomes
@@ -38,6 +39,7 @@ def execute(cfg: TrainingConfig, composed: Any, run_dir: Path, start: float) -> 
     On Ctrl-C and on errors the last checkpoint stands and nothing is left running. Ranks other than the first write
     nothing of their own and give no summary.
     """
+    check_transfer(cfg.engine)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     transformers.utils.logging.disable_progress_bar()  # bars of loading and saving tear our own display

@@ -27,6 +27,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return value.clone() if hasattr(tensor, "ds_id") else value
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape that ``whole`` gives; nobody has to ask together."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every entry of the model's state, shared ones under each of their names."""
     for name, value in model.state_dict(keep_vars=True).items():

@@ -16,16 +16,17 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
+from rollout.engines.device_transfer import DeviceTransfer
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.router import Router, device_shares
 from rollout.engines.weight_files import KeptWeights
 from rollout.errors import EngineDied
 from rollout.scheduling.files import VARIABLES
-from rollout.weights import BOUNDS, SyncMismatch, furthest
+from rollout.weights import BOUNDS, SyncMismatch, Weights, furthest
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,11 @@ class Fleet:
             )
             for i in range(config.replicas)
         ]
+        self._transfer: DeviceTransfer | None = None
         self._start_all()
+        if config.transfer != "file":
+            engines = [member.engine for member in self._members if member.engine is not None]
+            self._transfer = DeviceTransfer(self._single, engines)
 
     async def generate(
         self,
@@ -161,8 +166,12 @@ class Fleet:
         return replies
 
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """The stream is written down once, and every member reads that."""
+        """The stream is written down once, and every member reads that; ``config.transfer`` may know a shorter way."""
         self._check()
+        if self._transfer is not None:
+            await self._transfer.send(cast(Weights, stream), version)
+            self.version = version
+            return
         weights = await asyncio.to_thread(self._keep, stream, version)
         await self._each(lambda engine: engine.load(iter(weights.paths), version))
         self.version = version
@@ -202,6 +211,8 @@ class Fleet:
             down = [member.replacing for member in self._members if member.replacing is not None]
         if down:
             await asyncio.wait([asyncio.wrap_future(future) for future in down])
+        if self._transfer is not None:
+            self._transfer.close()
         await asyncio.gather(*(member.engine.close() for member in self._members if member.engine is not None))
         if self._weights is not None:
             self._weights.close()

@@ -9,14 +9,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
+from rollout.engines.device_transfer import DeviceTransfer
 from rollout.engines.mailbox import Request, within
 from rollout.engines.vllm import check_model, check_prompt, last_words
 from rollout.engines.weight_files import weight_files
 from rollout.errors import EngineDied, WaitTimeout
+from rollout.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ class RemoteEngine(ABC):
         self._calls: set[asyncio.Task[Any]] = set()  # under way on the engine's loop
         self._paused = False
         self._closed = False
+        self._transfer = None if config.transfer == "file" else DeviceTransfer(config, [self])
         self._retains = config.scheduler_cls is not None  # stock vLLM keeps nothing for a program
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0)
         self._loop = asyncio.new_event_loop()
@@ -69,8 +72,22 @@ class RemoteEngine(ABC):
     async def _set_paused(self, mode: PauseMode | None) -> None: ...
 
     @abstractmethod
-    async def _load(self, files: Iterator[Path], version: int) -> None:
-        """Load safetensors files, each of which lives until the next is asked for, and drop the prefix cache."""
+    async def _world_size(self) -> int: ...
+
+    @abstractmethod
+    async def _join_transfer(self, info: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    async def _start_update(self) -> None: ...
+
+    @abstractmethod
+    async def _send_update(self, info: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    async def _finish_update(self, version: int) -> None: ...
+
+    @abstractmethod
+    async def _drop_cache(self) -> None: ...
 
     @abstractmethod
     async def _sleep(self, level: int) -> None: ...
@@ -118,22 +135,55 @@ class RemoteEngine(ABC):
         return await self._call(self._score(ids, str(next(self._ids))), f"vLLM to score {len(ids)} tokens")
 
     async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
+        """Freeze what runs, load, and let it go on: its later tokens carry the new version.
+
+        ``config.transfer`` other than file needs a stream that is ``Weights``.
+        """
+        if self._transfer is not None:
+            await self._transfer.send(cast(Weights, stream), version)
+            return
         with contextlib.closing(weight_files(stream)) as files:
             await self.load(files, version)
 
     async def load(self, files: Iterator[Path], version: int) -> None:
         """``update_weights`` from safetensors files, each of which lives until the next is asked for."""
         await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
-        self.version = version
 
     async def _update(self, files: Iterator[Path], version: int) -> None:
-        frozen = not self._paused
-        if frozen:
+        await self._begin_update()
+        while path := await asyncio.to_thread(next, files, None):
+            await self._send_update({"path": str(path)})
+        await self._end_update(version)
+
+    async def _begin_update(self) -> None:
+        if not self._paused:
             await self._set_paused("keep")
-        await self._load(files, version)
-        if frozen:
+        await self._start_update()
+
+    async def _end_update(self, version: int) -> None:
+        await self._finish_update(version)
+        if not self.config.keep_cache:
+            await self._drop_cache()
+        if not self._paused:
             await self._set_paused(None)
+        self.version = version
+
+    async def world_size(self) -> int:
+        """Workers that take part in a weight transfer."""
+        return await self._call(self._watched(self._world_size()), "the number of the engine's workers")
+
+    async def join_transfer(self, info: dict[str, Any]) -> None:
+        """Meet the trainer: once, before the first of the updates that vLLM's weight transfer takes step by step."""
+        await self._call(self._watched(self._join_transfer(info)), "the engine's workers to meet the trainer")
+
+    async def begin_update(self) -> None:
+        await self._call(self._watched(self._begin_update()), "the engine to freeze what runs")
+
+    async def send_update(self, info: dict[str, Any]) -> None:
+        await self._call(self._watched(self._send_update(info)), "weights to arrive")
+
+    async def end_update(self, version: int) -> None:
+        await self._call(self._watched(self._end_update(version)), "the engine to go on with new weights")
 
     async def pause(self, mode: PauseMode = "wait") -> None:
         """``abort`` ends what runs, ``wait`` lets it end, ``keep`` freezes it. New requests wait for ``resume``."""
@@ -177,6 +227,8 @@ class RemoteEngine(ABC):
             return
         self._closed = True
         await asyncio.to_thread(self._start, self._end_calls())
+        if self._transfer is not None:
+            self._transfer.close()
         await asyncio.to_thread(self._stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join, self.config.timeout_s)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rollout.checkpoint import check_weights, read_config
 from rollout.config import PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Engine, Generation, vllm_plugin
+from rollout.engines.device_transfer import check_transfer
 from rollout.engines.mailbox import Request
 from rollout.engines.vllm_plugin import ACTIVE, LOG, TRANSFER
 from rollout.errors import UserError
@@ -30,6 +31,7 @@ _starting = threading.Lock()  # the environment is the whole process's
 
 def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -> Engine:
     """Start the member that ``config.mode`` names on a Hugging Face folder; what it prints goes to ``log_path``."""
+    check_transfer(config)
     if config.mode == "in_process":
         from rollout.engines.vllm_in_process import InProcessEngine
 
@@ -82,7 +84,7 @@ def engine_arguments(config: VllmConfig, model_dir: str) -> dict[str, Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "additional_config": dict(config.scheduler_options),
-        "weight_transfer_config": {"backend": TRANSFER},
+        "weight_transfer_config": {"backend": TRANSFER if config.transfer == "file" else config.transfer},
     }
     if config.scheduler_cls is not None:
         arguments["scheduler_cls"] = config.scheduler_cls

@@ -2,7 +2,8 @@
 
 Generation goes through vLLM's ``/inference/v1/generate`` (sampling parameters and weight versions unchanged), the rest
 through the endpoints of ``VLLM_SERVER_DEV_MODE=1``. A server that is joined must be started like ours (``command``,
-with the variables of ``rollout.engines.vllm.variables``) on a machine that shares /dev/shm with the trainer.
+with the variables of ``rollout.engines.vllm.variables`` and ``transfer_variables``) on a machine that shares /dev/shm
+with the trainer, or with ``engine.transfer=nccl`` on one that NCCL reaches (not run on GPU).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from urllib.parse import quote
 
 from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.device_transfer import transfer_variables
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, of_launcher, sampling_fields, variables
@@ -126,13 +128,23 @@ class HttpEngine(RemoteEngine):
     async def _set_paused(self, mode: PauseMode | None) -> None:
         await self._post("/resume" if mode is None else f"/pause?mode={mode}&clear_cache=false")
 
-    async def _load(self, files: Iterator[Path], version: int) -> None:
+    async def _world_size(self) -> int:
+        return (await self._request("GET", "/get_world_size"))["world_size"]
+
+    async def _join_transfer(self, info: dict[str, Any]) -> None:
+        await self._post("/init_weight_transfer_engine", {"init_info": info})
+
+    async def _start_update(self) -> None:
         await self._post("/start_weight_update")
-        while path := await asyncio.to_thread(next, files, None):
-            await self._post("/update_weights", {"update_info": {"path": str(path)}})
+
+    async def _send_update(self, info: dict[str, Any]) -> None:
+        await self._post("/update_weights", {"update_info": info})
+
+    async def _finish_update(self, version: int) -> None:
         await self._post("/finish_weight_update", {"weight_version": str(version)})
-        if not self.config.keep_cache:
-            await self._post("/reset_prefix_cache?reset_running_requests=true")
+
+    async def _drop_cache(self) -> None:
+        await self._post("/reset_prefix_cache?reset_running_requests=true")
 
     async def _sleep(self, level: int) -> None:
         await self._post(f"/sleep?level={level}")
@@ -205,7 +217,7 @@ def launch(
     port = free_port(config.extra.get("port"))
     line = command(config, model_dir, port)
     kept = {name: value for name, value in os.environ.items() if not of_launcher(name)}
-    environment = kept | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | own
+    environment = kept | variables(log_path) | transfer_variables(config) | {"VLLM_SERVER_DEV_MODE": "1"} | own
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         server = subprocess.Popen(

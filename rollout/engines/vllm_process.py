@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.device_transfer import transfer_variables
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import (
@@ -41,6 +42,8 @@ class ProcessEngine(RemoteEngine):
     ) -> None:
         """``own``: environment variables of the engine's process alone."""
         super().__init__(config, model_dir, log_path, version)
+        # For good: a core that has them gives answers that only a client with them reads.
+        os.environ.update(transfer_variables(config))
         try:
             with environment(log_path, own), refusals():
                 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -95,16 +98,29 @@ class ProcessEngine(RemoteEngine):
         else:
             await self._llm.pause_generation(mode=mode, clear_cache=False)
 
-    async def _load(self, files: Iterator[Path], version: int) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+    async def _world_size(self) -> int:
+        return self._llm.vllm_config.parallel_config.world_size_across_dp
+
+    async def _join_transfer(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._alive()
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
+
+    async def _start_update(self) -> None:
+        await self._alive()
         await self._llm.start_weight_update()
-        while path := await asyncio.to_thread(next, files, None):
-            await self._llm.update_weights(WeightTransferUpdateRequest({"path": str(path)}))
+
+    async def _send_update(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(info))
+
+    async def _finish_update(self, version: int) -> None:
         await self._llm.finish_weight_update(str(version))
-        if not self.config.keep_cache:
-            await self._llm.reset_prefix_cache(reset_running_requests=True)
+
+    async def _drop_cache(self) -> None:
+        await self._llm.reset_prefix_cache(reset_running_requests=True)
 
     async def _sleep(self, level: int) -> None:
         await self._llm.sleep(level)

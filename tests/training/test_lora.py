@@ -12,6 +12,7 @@ import torch
 from training.checkpoint import save_policy
 from training.lora import add_adapter, base_model, merged_weights
 from training.models import build_tiny, load_policy
+from training.policy_weights import PolicyWeights
 from training.settings import LoraConfig
 
 
@@ -46,6 +47,15 @@ def test_merged_weights_equal_pefts_own_merge_and_leave_the_model_alone(folder: 
         torch.testing.assert_close(ours[name], value.detach(), rtol=0, atol=1e-6)
         moved = (ours[name] - plain.get_parameter(name)).abs().max() > 0.01
         assert moved == name.endswith("proj.weight"), name
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_weights_will_be_is_known_before_they_are_read(folder: Path, adapter: bool) -> None:
+    model = adapted(folder)[0] if adapter else load_policy(folder, dtype="bfloat16")[0]
+    weights = PolicyWeights(model)
+    for _ in range(2):  # a stream that can be read again
+        assert weights.metadata() == [(name, value.dtype, tuple(value.shape)) for name, value in weights]
+    assert ("lm_head.weight" in dict(weights)) is not base_model(model).config.tie_word_embeddings
 
 
 def test_without_an_adapter_the_weights_are_the_models_own(folder: Path) -> None:
