@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from rollout.engines.remote import RemoteEngine
     from rollout.weights import Weights
 
-PICKLES = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # how handles of CUDA IPC travel to vLLM's workers
-
 
 class DeviceTransfer:
     """Rank 0's part: all weights to all ``engines`` at once. What runs there is frozen meanwhile."""
@@ -94,12 +92,12 @@ def settle(outcome: Future[None], error: BaseException | None = None) -> None:
 
 
 def transfer_variables(config: VllmConfig) -> dict[str, str]:
-    """Environment variables that the engine's processes need for the transfer."""
-    return dict(PICKLES) if config.transfer == "ipc" else {}
+    """Environment variables of the engine's processes: handles of CUDA IPC travel to vLLM's workers as pickles."""
+    return {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if config.transfer == "ipc" else {}
 
 
 def check_transfer(config: Any) -> None:
-    """Refuse an engine's ``transfer`` that this machine cannot do, before anything starts. Not run on GPU."""
+    """Refuse a training engine's ``transfer`` that this machine cannot do, before anything starts. Not run on GPU."""
     if config.transfer == "file":
         return
     import torch

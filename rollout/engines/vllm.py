@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from rollout.checkpoint import check_weights, read_config
 from rollout.config import PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Engine, Generation, vllm_plugin
-from rollout.engines.device_transfer import check_transfer
 from rollout.engines.mailbox import Request
 from rollout.engines.vllm_plugin import ACTIVE, LOG, TRANSFER
 from rollout.errors import UserError
@@ -31,7 +30,6 @@ _starting = threading.Lock()  # the environment is the whole process's
 
 def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -> Engine:
     """Start the member that ``config.mode`` names on a Hugging Face folder; what it prints goes to ``log_path``."""
-    check_transfer(config)
     if config.mode == "in_process":
         from rollout.engines.vllm_in_process import InProcessEngine
 
