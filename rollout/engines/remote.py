@@ -87,7 +87,8 @@ class RemoteEngine(ABC):
     async def _finish_update(self, version: int) -> None: ...
 
     @abstractmethod
-    async def _drop_cache(self) -> None: ...
+    async def _drop_cache(self) -> None:
+        """Unless ``config.keep_cache``."""
 
     @abstractmethod
     async def _sleep(self, level: int) -> None: ...
@@ -162,8 +163,7 @@ class RemoteEngine(ABC):
 
     async def _end_update(self, version: int) -> None:
         await self._finish_update(version)
-        if not self.config.keep_cache:
-            await self._drop_cache()
+        await self._drop_cache()
         if not self._paused:
             await self._set_paused(None)
         self.version = version

@@ -144,7 +144,8 @@ class HttpEngine(RemoteEngine):
         await self._post("/finish_weight_update", {"weight_version": str(version)})
 
     async def _drop_cache(self) -> None:
-        await self._post("/reset_prefix_cache?reset_running_requests=true")
+        if not self.config.keep_cache:
+            await self._post("/reset_prefix_cache?reset_running_requests=true")
 
     async def _sleep(self, level: int) -> None:
         await self._post(f"/sleep?level={level}")

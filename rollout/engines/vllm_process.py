@@ -120,7 +120,8 @@ class ProcessEngine(RemoteEngine):
         await self._llm.finish_weight_update(str(version))
 
     async def _drop_cache(self) -> None:
-        await self._llm.reset_prefix_cache(reset_running_requests=True)
+        if not self.config.keep_cache:
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
 
     async def _sleep(self, level: int) -> None:
         await self._llm.sleep(level)

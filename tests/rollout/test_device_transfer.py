@@ -92,13 +92,14 @@ def follow(model_dir: Path, meeting: str, transfer: str) -> None:
     from rollout.engines import vllm_sender
     from tests.rollout.cuda_stand_in import stand_in
     from training.build import EngineSync
+    from training.ranks import Ranks
 
     stand_in(setattr, "GPU-1")
     vllm_sender.CHUNK_BYTES = CHUNK
     model = sharded(model_dir, meeting, 1)
     engine = SimpleNamespace(dtype="float32", timeout_s=120.0, transfer=transfer)
     cfg = SimpleNamespace(probe=SimpleNamespace(bound=None), model=SimpleNamespace(dtype="float32"), engine=engine)
-    part = EngineSync(cfg, None, None, model, IDS)
+    part = EngineSync(cfg, Ranks(), None, None, model, IDS)
     for version in VERSIONS:
         moved(model, version)
         assert part(version) == version
