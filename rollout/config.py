@@ -73,6 +73,11 @@ class VllmConfig:
             "engine.replicas",
             "the server at engine.url is one; leave the url out to start several",
         )
+        require(
+            self.replicas == 1 or "port" not in self.extra,
+            "engine.extra.port",
+            "the replicas cannot share it; leave it out, and each takes a free one",
+        )
         require(self.restarts >= 0, "engine.restarts", f"{self.restarts} must not be negative")
         require(
             self.devices is None or (self.mode != "in_process" and self.url is None),

@@ -123,6 +123,7 @@ def test_too_few_or_unknown_devices_are_refused() -> None:
         ({"replicas": 2, "deterministic": True}, "take engine=vllm_process"),
         ({"replicas": 2, "mode": "http", "deterministic": True}, "engine.deterministic: needs"),
         ({"replicas": 2, "mode": "http", "url": "http://127.0.0.1:1"}, "engine.replicas: the server at engine.url"),
+        ({"replicas": 2, "mode": "http", "extra": {"port": 1}}, "engine.extra.port: the replicas cannot share it"),
         ({"replicas": 0}, "engine.replicas: 0 must be at least 1"),
         ({"restarts": -1}, "engine.restarts: -1 must not be negative"),
         ({"devices": [0]}, "engine.devices: are for engines that are started as processes"),
