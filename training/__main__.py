@@ -50,7 +50,9 @@ def run(composed: DictConfig) -> float | None:
             dry_run(cfg)
         return None
     if (cfg.trainer.get("fsdp") or cfg.trainer.get("deepspeed")) and "LOCAL_RANK" not in os.environ:
-        raise UserError("sharding: needs a launcher, for one process too; torchrun --standalone --nproc-per-node N -m …")
+        raise UserError(
+            "sharding: needs a launcher, for one process too; torchrun --standalone --nproc-per-node N -m training …"
+        )
     import torch
 
     if not torch.cuda.is_available():

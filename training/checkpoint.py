@@ -28,6 +28,7 @@ PARTS = (
 )
 
 UNWRITTEN = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk is to those who write
+OF_WRITING = ("write", "iostream", "inline_container")  # in what torch says of it, by how far it got
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
@@ -83,7 +84,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 def unwritten(target: Path, error: BaseException) -> str:
     """The one line for what kept ``target`` from being written; an error that is none of writing is raised again."""
     _, error = first_cause(error, 0)
-    other = isinstance(error, RuntimeError) and "write" not in str(error)  # torch reports a full disk so
+    other = isinstance(error, RuntimeError) and not any(word in str(error) for word in OF_WRITING)
     if other or isinstance(error, WaitTimeout):
         raise error
     text = str(error).partition("\n")[0]
@@ -96,6 +97,16 @@ def first_cause(error: BaseException, rank: int) -> tuple[int, BaseException]:
         return rank, error
     at, (cause, _) = next(iter(error.failures.items()))
     return at, cause
+
+
+@contextlib.contextmanager
+def cleared(scratch: Path) -> Iterator[None]:
+    """For the others who write there: one that still did when rank 0 gave the checkpoint up leaves nothing behind."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -227,6 +227,8 @@ class RolloutTrainer(Trainer):
             folder = ranks.agree(
                 stack.enter_context(checkpoint.writing(self.checkpoints, step, self.keep_last)) if ranks.leads else None
             )
+            if not ranks.leads:
+                stack.enter_context(checkpoint.cleared(folder))
             try:
                 with ranks.waiting("the others' parts of a checkpoint"):
                     self._write(folder)
