@@ -174,14 +174,14 @@ class EngineSync:
         if self._synced != version and self.runner is None:
             if is_sharded(self.model):
                 collections.deque(merged_weights(self.model), maxlen=0)
-                model_logprobs(base_model(self.model), self.probe.ids)
+                model_logprobs(self.model, self.probe.ids)
         elif self._synced != version:
             parts = sync(
                 self.engine,
                 merged_weights(self.model),
                 version,
                 probe=self.probe,
-                trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+                trainer_logprobs=lambda ids: model_logprobs(self.model, ids),
             )
             self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
         self._synced = version
