@@ -73,11 +73,6 @@ class VllmConfig:
             "engine.replicas",
             "the server at engine.url is one; leave the url out to start several",
         )
-        require(
-            self.replicas == 1 or "port" not in self.extra,
-            "engine.extra.port",
-            "the replicas cannot share it; leave it out, and each takes a free one",
-        )
         require(self.restarts >= 0, "engine.restarts", f"{self.restarts} must not be negative")
         require(
             self.devices is None or (self.mode != "in_process" and self.url is None),
@@ -88,6 +83,11 @@ class VllmConfig:
             self.devices is None or len(set(self.devices)) == len(self.devices),
             "engine.devices",
             f"{self.devices} names a device twice",
+        )
+        require(
+            self.replicas == 1 or "port" not in self.extra,
+            "engine.extra.port",
+            "the replicas cannot share it; leave it out, and each takes a free one",
         )
         require(self.max_num_seqs > 0, "engine.max_num_seqs", f"{self.max_num_seqs} must be at least 1")
         require(self.timeout_s > 0, "engine.timeout_s", f"{self.timeout_s} must be above 0")
