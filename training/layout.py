@@ -1,4 +1,4 @@
-"""How the states of a run are cut over its processes, read off its settings and off a checkpoint's files. No torch."""
+"""How the states of a run are cut over its processes, read off its settings and off a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -22,30 +22,43 @@ SHARDING = {
 
 @dataclass(frozen=True)
 class Layout:
-    """``kind``: a key of ``SHARDING``."""
+    """``kind``: a key of ``SHARDING``. ``offloads``: the optimizer is DeepSpeed's own, in the CPU's memory."""
 
     kind: str
     processes: int
+    offloads: bool = False
 
     @property
     def of_deepspeed(self) -> bool:
         return self.kind in ("zero1", "zero3")
 
 
-def zero_stage(trainer: Mapping[str, Any]) -> int | None:
-    """DeepSpeed's ZeRO stage in the settings of ``trainer``; None without DeepSpeed."""
+def zero_settings(trainer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """DeepSpeed's ``zero_optimization`` in the settings of ``trainer``; None without DeepSpeed."""
     given = trainer.get("deepspeed")
     if not given:
         return None
     settings = json.loads(Path(given).read_text()) if isinstance(given, str) else given
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+    return settings.get("zero_optimization", {})
+
+
+def zero_stage(trainer: Mapping[str, Any]) -> int | None:
+    """The ZeRO stage in the settings of ``trainer``; None without DeepSpeed."""
+    settings = zero_settings(trainer)
+    return None if settings is None else int(settings.get("stage", 0))
+
+
+def offloads(zero: Mapping[str, Any]) -> bool:
+    """Whether these settings of ``zero_optimization`` move the optimizer off the GPU."""
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def wanted(trainer: Mapping[str, Any], processes: int) -> Layout:
     """That of a run with these settings of ``trainer``."""
-    stage = zero_stage(trainer)
-    if stage is not None:
-        return Layout({0: "deepspeed", 1: "zero1", 2: "zero1", 3: "zero3"}[stage], processes)
+    zero = zero_settings(trainer)
+    if zero is not None:
+        kind = {0: "deepspeed", 1: "zero1", 2: "zero1", 3: "zero3"}[int(zero.get("stage", 0))]
+        return Layout(kind, processes, offloads(zero))
     return Layout("fsdp" if trainer.get("fsdp") else "replicated", processes)
 
 
@@ -64,6 +77,15 @@ def saved(checkpoint: Path) -> Layout:
     return Layout(kind, processes)
 
 
+def saved_offloaded(checkpoint: Path) -> bool:
+    """Whether an optimizer of DeepSpeed's own saved ``checkpoint``; reads no tensor."""
+    import torch
+
+    part = next(checkpoint.glob("global_step*/*zero_pp_rank_0_*_optim_states.pt"))
+    settings = torch.load(part, map_location="cpu", mmap=True, weights_only=False)["ds_config"]
+    return offloads(settings["zero_optimization"])
+
+
 def check_resumable(checkpoint: Path, run: Layout) -> None:
     """Refuse, in one line, a checkpoint whose optimizer states nobody can cut anew. Raises UserError."""
     found = saved(checkpoint)
@@ -77,4 +99,9 @@ def check_resumable(checkpoint: Path, run: Layout) -> None:
         raise UserError(
             f"resume: {checkpoint} was saved by {found.processes} processes and this run has {run.processes}, but "
             f"DeepSpeed cannot cut optimizer states anew; resume with --nproc-per-node {found.processes}, {weights}"
+        )
+    if found.of_deepspeed and run.offloads and not saved_offloaded(checkpoint):
+        raise UserError(
+            f"sharding: {checkpoint} was saved without offload_optimizer, and DeepSpeed's optimizer on CPUs cannot read "
+            f"that; resume without it (sharding={SHARDING[found.kind].split()[0]}), {weights}"
         )

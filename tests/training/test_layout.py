@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rollout.errors import UserError
 from training.layout import Layout, check_resumable, saved, wanted
@@ -86,3 +87,18 @@ def test_another_sharding_is_refused_with_the_one_that_goes_on(kind: str, tmp_pa
         if other != kind:
             with pytest.raises(UserError, match=rf"^sharding: {folder} holds optimizer states of sharding=.*; resume"):
                 check_resumable(folder, Layout(other, 2))
+
+
+def test_an_optimizer_on_cpus_goes_on_with_its_own_states_only(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "zero3", 2)
+    part = folder / "global_step4" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    run = wanted({"deepspeed": {"zero_optimization": offload}}, 2)
+    torch.save({"ds_config": {"zero_optimization": {"stage": 3}}}, part)
+    with pytest.raises(
+        UserError, match=r"saved without offload_optimizer, .* resume without it \(sharding=zero3\), or"
+    ):
+        check_resumable(folder, run)
+    torch.save({"ds_config": {"zero_optimization": offload}}, part)
+    check_resumable(folder, run)
+    check_resumable(folder, wanted({"deepspeed": {"zero_optimization": {"stage": 3}}}, 2))
