@@ -102,6 +102,6 @@ def check_resumable(checkpoint: Path, run: Layout) -> None:
         )
     if found.of_deepspeed and run.offloads and not saved_offloaded(checkpoint):
         raise UserError(
-            f"sharding: {checkpoint} was saved without offload_optimizer, and DeepSpeed's optimizer on CPUs cannot read "
+            f"sharding: {checkpoint} was saved without offload_optimizer, and DeepSpeed's CPU optimizer cannot read "
             f"that; resume without it (sharding={SHARDING[found.kind].split()[0]}), {weights}"
         )
