@@ -113,6 +113,11 @@ class VllmConfig:
             "engine.devices",
             f"{self.devices} names a device twice",
         )
+        require(
+            self.replicas == 1 or "port" not in self.extra,
+            "engine.extra.port",
+            "the replicas cannot share it; leave it out, and each takes a free one",
+        )
         require(self.max_num_seqs > 0, "engine.max_num_seqs", f"{self.max_num_seqs} must be at least 1")
         require(self.timeout_s > 0, "engine.timeout_s", f"{self.timeout_s} must be above 0")
 

@@ -71,9 +71,9 @@ def serve(config: schema.ServingConfig, console: Console) -> None:
     console.print(f"parsers     tool calls: {parsers.tool or 'none'}, reasoning: {parsers.reasoning or 'none'}")
     if not checkpoint.template:
         console.print("            no chat template: only /v1/completions will answer")
-    *_, scheduler = [scheduler_line(each) for each in plans]
-    console.print(f"scheduler   {scheduler}", markup=False)
-    for each in plans:
+    lines = [scheduler_line(each) for each in plans]
+    for each, line in zip(plans, lines, strict=True):
+        console.print(f"scheduler   {line}", markup=False)
         console.print(f"engine log  {each.log}", markup=False)
 
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
@@ -121,7 +121,8 @@ def scheduler_line(each: Plan) -> str:
         return scheduler.cls or "vLLM's own"
     os.environ.update(each.variables)  # where the options' paths are
     options = Options.read(scheduler.options)
-    return options.policy + (f", with the tool latencies of {options.latencies}" if options.latencies else "")
+    known = f", with the tool latencies of {options.latencies}" if options.latencies else ""
+    return options.policy + known + (f", metrics on port {options.metrics_port}" if options.metrics_port else "")
 
 
 def wait_ready(server: Server | Replicas, timeout: float, console: Console) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rollout.config import SchedulerConfig
 from rollout.scheduling.files import for_replica, with_files
-from serving.config import ServingConfig
+from serving.config import ServingConfig, flag
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def plan(config: ServingConfig, checkpoint: Path, run_dir: Path, replica: int) -
     folder.mkdir(parents=True, exist_ok=True)
     if config.scheduler.policy is None:
         return Plan(replica, folder, config.scheduler, {})
-    own = for_replica(config.scheduler.options, replica)
+    engines = int(next((size for key, size in config.extra.items() if flag(key) == "data-parallel-size"), 1))
+    own = for_replica(config.scheduler.options, replica, engines)
     options, variables = with_files(own, checkpoint=checkpoint, run_dir=folder)
     return Plan(replica, folder, dataclasses.replace(config.scheduler, options=options), variables)

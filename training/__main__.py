@@ -46,8 +46,13 @@ def run(composed: DictConfig) -> float | None:
     if cfg.dry_run:
         from training.dry_run import dry_run
 
-        dry_run(cfg)
+        if rank_of_environment() == 0:
+            dry_run(cfg)
         return None
+    if (cfg.trainer.get("fsdp") or cfg.trainer.get("deepspeed")) and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "sharding: needs a launcher, for one process too; torchrun --standalone --nproc-per-node N -m training …"
+        )
     import torch
 
     if not torch.cuda.is_available():

@@ -196,14 +196,14 @@ class EngineSync:
             elif is_sharded(self.model):
                 collections.deque(self.weights, maxlen=0)
             if is_sharded(self.model):
-                model_logprobs(base_model(self.model), self.probe.ids)
+                model_logprobs(self.model, self.probe.ids)
         else:
             parts = sync(
                 self.engine,
                 self.weights,
                 version,
                 probe=self.probe,
-                trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+                trainer_logprobs=lambda ids: model_logprobs(self.model, ids),
                 asleep=self._asleep,
             )
             self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rollout.checkpoint import read_json
-from rollout.errors import UserError
+from rollout.errors import UserError, WaitTimeout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,9 @@ STEP = re.compile(r"step-(\d+)")
 PARTS = (
     "parts.json"  # every file of a checkpoint and its size: transformers resumes from what it finds, and skips the rest
 )
+
+UNWRITTEN = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk is to those who write
+OF_WRITING = ("write", "iostream", "inline_container")  # in what torch says of it, by how far it got
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
@@ -69,7 +73,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         if target.exists():  # a run that was resumed from an earlier step writes this one again
             shutil.rmtree(target)
         scratch.rename(target)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except UNWRITTEN as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise UserError(unwritten(target, error)) from error
     except BaseException:
@@ -77,12 +81,32 @@ def written_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def unwritten(target: Path, error: Exception) -> str:
+def unwritten(target: Path, error: BaseException) -> str:
     """The one line for what kept ``target`` from being written; an error that is none of writing is raised again."""
-    if isinstance(error, RuntimeError) and "write" not in str(error):  # torch reports a full disk so
+    _, error = first_cause(error, 0)
+    other = isinstance(error, RuntimeError) and not any(word in str(error) for word in OF_WRITING)
+    if other or isinstance(error, WaitTimeout):
         raise error
     text = str(error).partition("\n")[0]
     return f"cannot write {target}: {text}; free disk space, then resume=true goes on"
+
+
+def first_cause(error: BaseException, rank: int) -> tuple[int, BaseException]:
+    """What went wrong where; ``rank`` is this process's. FSDP tells every process of what went wrong on others."""
+    if not isinstance(error, CheckpointException):
+        return rank, error
+    at, (cause, _) = next(iter(error.failures.items()))
+    return at, cause
+
+
+@contextlib.contextmanager
+def cleared(scratch: Path) -> Iterator[None]:
+    """For the others who write there: one that still did when rank 0 gave the checkpoint up leaves nothing behind."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

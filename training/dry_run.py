@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.config import VllmConfig
+from rollout.engines.router import device_shares
 from rollout.errors import UserError
-from training import memory
+from training import layout, memory
 from training.config import TrainingConfig
 from training.memory import GIB, EnginePlan, Phase, Plan, PlanInput, Strategy
 
@@ -40,6 +42,7 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
     weights = BYTES[cfg.model.dtype]
     adapter = weights if deepspeed else 4
     trained = weights if lora is None else adapter
+    own_gpus, processes = _placement(cfg.engine, cfg.node.gpus, os.environ)
     return PlanInput(
         shape=memory.build_shape(_architecture(cfg), lora=lora),
         critic=None if cfg.critic is None else memory.build_shape(_critic_architecture(cfg)),
@@ -63,13 +66,31 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
             max_model_len=cfg.engine.max_model_len,
             max_num_seqs=cfg.engine.max_num_seqs,
             tensor_parallel=cfg.engine.tensor_parallel_size,
-            own_gpus=cfg.node.engine_gpus,
+            replicas=cfg.engine.replicas,
+            own_gpus=own_gpus,
         ),
         prompts=cfg.batch.prompts,
         samples=getattr(cfg.budget, "samples", 1),
         minibatches=cfg.batch.minibatches,
         epochs=cfg.batch.epochs,
+        processes=processes,
     )
+
+
+def _placement(engine: VllmConfig, gpus: int, launched: Mapping[str, str]) -> tuple[int, int]:
+    """GPUs of a node that are the engine's alone, and processes that train, on all nodes together.
+
+    torchrun and ``accelerate launch`` say in the environment how many there are, the first of a node on its first GPU.
+    Without them: one on every GPU below those of an engine that has the last ones, else on every GPU.
+    """
+    visible = [str(i) for i in range(gpus)]
+    used = device_shares(engine.replicas, engine.tensor_parallel_size, engine.devices, visible)
+    devices = {int(device) for share in used for device in share}
+    last = devices == set(range(min(devices), gpus)) and engine.devices is not None
+    here = int(launched.get("LOCAL_WORLD_SIZE", 0)) or (min(devices) if last and min(devices) else gpus)
+    if here > gpus:
+        raise UserError(f"node.gpus: {here} processes train on {gpus} GPUs; start no more than there are GPUs")
+    return sum(device >= here for device in devices), int(launched.get("WORLD_SIZE", here))
 
 
 def _masked(cfg: TrainingConfig) -> int:
@@ -114,10 +135,8 @@ def _critic_architecture(cfg: TrainingConfig) -> dict[str, Any]:
 
 def _strategy(trainer: dict[str, Any]) -> tuple[Strategy, bool]:
     """How model states are sharded, and whether DeepSpeed does it."""
-    deepspeed = trainer.get("deepspeed")
-    if deepspeed:
-        settings = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text())
-        stage = settings.get("zero_optimization", {}).get("stage", 0)
+    stage = layout.zero_stage(trainer)
+    if stage is not None:
         strategies: dict[int, Strategy] = {0: "replicated", 1: "zero1", 2: "zero2", 3: "zero3"}
         return strategies[stage], True
     return ("fsdp" if trainer.get("fsdp") else "replicated"), False
@@ -133,9 +152,9 @@ def report(made: Plan, console: Console | None = None) -> None:
     p = made.inputs
     s = p.shape
     console.print(
-        f"{s.parameters / 1e9:.2f} B parameters, {memory.trainable(s) / 1e9:.3f} B trained; {p.gpus} GPUs of "
-        f"{p.memory / GIB:.0f} GiB, {p.engine.own_gpus or 'none'} of them the engine's own; states {p.strategy}, "
-        f"gradient checkpointing {'on' if p.checkpointing else 'off'}"
+        f"{s.parameters / 1e9:.2f} B parameters, {memory.trainable(s) / 1e9:.3f} B trained by {p.trainers} processes; "
+        f"{p.gpus} GPUs of {p.memory / GIB:.0f} GiB, {p.engine.gpus} the engine's, {p.engine.own_gpus or 'none'} of "
+        f"them its own; states {p.strategy}, gradient checkpointing {'on' if p.checkpointing else 'off'}"
     )
     table = Table("GiB per GPU", *(phase.name for phase in made.phases), box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
@@ -202,9 +221,13 @@ def _changes(p: PlanInput, phase: str) -> Iterator[tuple[PlanInput, str]]:
                 replace(p, engine=replace(p.engine, utilization=percent / 100)),
                 f"lower engine.gpu_memory_utilization to {percent / 100} at most",
             )
-        if p.engine.own_gpus == 0 and p.gpus > 1:
-            own = replace(p.engine, own_gpus=p.gpus // 2)
-            yield replace(p, engine=own), f"give the engine GPUs of its own (node.engine_gpus={own.own_gpus})"
+        replicas = p.gpus // 2 // p.engine.tensor_parallel
+        if p.engine.own_gpus == 0 and replicas:
+            own = replace(p.engine, replicas=replicas, own_gpus=replicas * p.engine.tensor_parallel)
+            left = p.gpus - own.own_gpus
+            devices = ",".join(map(str, range(left, p.gpus)))
+            text = f"give the engine GPUs of its own (engine.replicas={replicas} engine.devices=[{devices}])"
+            yield replace(p, engine=own, processes=left), f"{text} and train with {left} processes"
     if not p.checkpointing:
         yield replace(p, checkpointing=True), "add ++trainer.gradient_checkpointing=true"
     if phase == "training":
@@ -212,6 +235,6 @@ def _changes(p: PlanInput, phase: str) -> Iterator[tuple[PlanInput, str]]:
         also = "" if p.checkpointing else "add ++trainer.gradient_checkpointing=true and "
         for tokens in range(p.max_tokens // 1024 * 1024, p.engine.max_model_len - 1, -1024):
             yield replace(base, max_tokens=tokens), f"{also}lower batch.max_tokens to {tokens} at most"
-    if p.strategy not in ("zero3", "fsdp") and p.gpus > 1:
-        text = "shard the weights (trainer.deepspeed with ZeRO stage 3, or trainer.fsdp)"
+    if p.strategy not in ("zero3", "fsdp") and p.trainers > 1:
+        text = "shard the weights (sharding=zero3 or fsdp2)"
         yield replace(p, strategy="zero3", checkpointing=True), text

@@ -49,7 +49,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             value = whole(parameter)
             if module is not None:
                 for adapter in module.active_adapters:
-                    value = value + module.get_delta_weight(adapter).to(value.dtype)
+                    value = value + whole(module.get_delta_weight(adapter)).to(value.dtype)
             yield name, value
 
 

@@ -50,14 +50,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """vLLM on each of its GPUs. ``own_gpus`` 0: it shares the trainer's, asleep while they train."""
+    """``replicas`` of vLLM. ``own_gpus``: how many of its GPUs train nothing; it sleeps on others while they train."""
 
     element_bytes: int
     utilization: float
     max_model_len: int
     max_num_seqs: int
     tensor_parallel: int = 1
+    replicas: int = 1
     own_gpus: int = 0
+
+    @property
+    def gpus(self) -> int:
+        return self.replicas * self.tensor_parallel
+
+    @property
+    def shares(self) -> bool:
+        """Whether a GPU of the engine's trains too."""
+        return self.gpus > self.own_gpus
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,13 @@ class PlanInput:
     ``adapter_bytes`` of an adapter's weight: peft makes them float32, DeepSpeed's bfloat16 turns them back.
     ``autocast``: torch casts to the compute type, operation by operation (``trainer.bf16`` without DeepSpeed and FSDP);
     else weights and activations have it. ``masked``: length of rows in which SDPA keeps packed sequences apart by a
-    mask; 0 where attention is of variable length, or a row holds one sequence.
+    mask; 0 where attention is of variable length, or a row holds one sequence. ``processes`` that train, over which
+    states are cut, on all nodes together; None: one on each GPU of this node that is not the engine's own.
     """
 
     shape: Shape
     strategy: Strategy
-    gpus: int  # of the node, the engine's own included
+    gpus: int  # of a node, the engine's own included
     memory: int  # bytes of one GPU
     weight_bytes: int
     compute_bytes: int
@@ -93,6 +104,11 @@ class PlanInput:
     critic: Shape | None = None
     autocast: bool = False
     masked: int = 0
+    processes: int | None = None
+
+    @property
+    def trainers(self) -> int:
+        return self.gpus - self.engine.own_gpus if self.processes is None else self.processes
 
     @property
     def residual_bytes(self) -> int:
@@ -187,14 +203,13 @@ def model_states(p: PlanInput) -> dict[str, int]:
     weights: parameters × weight_bytes and adapter × adapter_bytes; gradients: as the weights that train; optimizer:
     what trains × (2 moments + 4 for a master copy). Each over ``shards``, rounded up.
     """
-    gpus = p.gpus - p.engine.own_gpus
     train = trainable(p.shape)
     sizes = {
         "weights": p.shape.parameters * p.weight_bytes + p.shape.adapter * p.adapter_bytes,
         "gradients": train * (p.adapter_bytes if p.shape.adapter else p.weight_bytes),
         "optimizer": train * (2 * p.moment_bytes + (FLOAT32 if p.master else 0)),
     }
-    return {name: math.ceil(size / shards(p.strategy, name, gpus)) for name, size in sizes.items()}  # type: ignore[arg-type]
+    return {name: math.ceil(size / shards(p.strategy, name, p.trainers)) for name, size in sizes.items()}  # type: ignore[arg-type]
 
 
 def gathered(p: PlanInput) -> int:
@@ -315,8 +330,6 @@ def engine_work(p: PlanInput) -> int:
 
 def plan(p: PlanInput) -> Plan:
     """Bytes per GPU of every phase, and how a step is cut. Refuses nothing: see ``check``."""
-    if not 0 <= p.engine.own_gpus < p.gpus:
-        raise UserError(f"node.engine_gpus: {p.engine.own_gpus} of {p.gpus} GPUs leave none to train on; lower it")
     states = model_states(p)
     reference = {"reference": states["weights"]} if p.reference and not p.shape.adapter else {}
     critic = None if p.critic is None else replace(p, shape=p.critic, critic=None)
@@ -324,7 +337,7 @@ def plan(p: PlanInput) -> Plan:
     value_model = {"critic": value_states["weights"] + value_states["optimizer"]} if value_states else {}
     resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference, **value_model}
     steps = [p] if critic is None else [p, critic]  # of an update, one after the other
-    shared = p.engine.own_gpus == 0
+    shared = p.engine.shares
     training = Phase(
         "training",
         {
@@ -354,14 +367,14 @@ def batch_plan(p: PlanInput) -> dict[str, int]:
     """How a step is cut, if every episode is as long as the engine allows: fewer tokens give fewer micro-batches."""
     episodes = p.prompts * p.samples
     tokens = episodes * p.engine.max_model_len
-    train_gpus = p.gpus - p.engine.own_gpus
     per_row = max(1, p.max_tokens // p.engine.max_model_len)
-    episodes_per_update = math.ceil(math.ceil(p.prompts / p.minibatches) * p.samples / train_gpus)
+    episodes_per_update = math.ceil(math.ceil(p.prompts / p.minibatches) * p.samples / p.trainers)
     return {
         "prompts a step": p.prompts,
         "episodes a step": episodes,
         "tokens a step, at most": tokens,
         "optimizer steps a step": p.minibatches * p.epochs,
-        "micro-batches an optimizer step and GPU, at most": math.ceil(episodes_per_update / per_row),
-        "engine replicas": max(1, (p.engine.own_gpus or p.gpus) // p.engine.tensor_parallel),
+        "micro-batches an optimizer step and process, at most": math.ceil(episodes_per_update / per_row),
+        "engine replicas": p.engine.replicas,
+        "episodes at once, at most": min(episodes, p.engine.replicas * p.engine.max_num_seqs),
     }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from rollout.checkpoint import first_line
 from rollout.errors import UserError, WaitTimeout
 
 T = TypeVar("T")
@@ -35,7 +37,15 @@ class Ranks:
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", timeout=limit)
+            backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=limit)
+            except dist.DistNetworkError as error:
+                address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+                raise UserError(
+                    f"rank {self.rank} cannot meet the others at {address} ({first_line(error)}); give another "
+                    "--master-port, or torchrun --standalone, which takes a free one"
+                ) from error
         self._group = dist.new_group(backend="gloo", timeout=limit)
 
     @property
@@ -46,7 +56,8 @@ class Ranks:
         """Rank 0's value, on every rank."""
         box = [value]
         if self._group is not None:
-            self._waiting("word from rank 0", lambda: dist.broadcast_object_list(box, src=0, group=self._group))
+            with self.waiting("word from rank 0"):
+                dist.broadcast_object_list(box, src=0, group=self._group)
         return cast(T, box[0])
 
     def scatter(self, values: Sequence[T] | None = None) -> T:
@@ -56,7 +67,8 @@ class Ranks:
             return values[0]
         box: list[Any] = [None]
         given = None if values is None else list(values)
-        self._waiting("work from rank 0", lambda: dist.scatter_object_list(box, given, src=0, group=self._group))
+        with self.waiting("work from rank 0"):
+            dist.scatter_object_list(box, given, src=0, group=self._group)
         return cast(T, box[0])
 
     def gather(self, value: T) -> list[T]:
@@ -64,29 +76,31 @@ class Ranks:
         if self._group is None:
             return [value]
         found: list[Any] | None = [None] * self.size if self.leads else None
-        self._waiting("the other ranks", lambda: dist.gather_object(value, found, dst=0, group=self._group))
+        with self.waiting("the other ranks"):
+            dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
 
-    def all_or_none(self, error: str | None) -> None:
-        """Raises on every rank what went wrong on any of them; also a barrier."""
-        errors = self.agree(self.gather(error))
-        wrong = [text if self.size == 1 else f"rank {i}: {text}" for i, text in enumerate(errors) if text is not None]
-        if wrong:
-            raise UserError("; ".join(wrong))
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside it a process that has ended, or is silent for too long, is one line; other errors stay what they are.
+
+        Raises UserError where what the ranks have between them broke, WaitTimeout where nothing came.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error).lower()
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text):
+                raise
+            if "timed out" in text:
+                raise WaitTimeout(f"rank {self.rank} waited {self.timeout_s:.0f} s for {what}") from error
+            raise UserError(
+                f"rank {self.rank} lost {what}: a process of this run has ended, and its own last line says why; "
+                "resume=true goes on from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Leave; a process that ends without it makes others print warnings."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group()
             self._group = None
-
-    def _waiting(self, what: str, collective: Callable[[], object]) -> None:
-        try:
-            collective()
-        except RuntimeError as error:
-            if "timed out" in str(error).lower():
-                raise WaitTimeout(f"rank {self.rank} waited {self.timeout_s:.0f} s for {what}") from error
-            raise UserError(
-                f"rank {self.rank} lost {what}: a process of this run has ended, and its own last line says why; "
-                "resume=true goes on from the last checkpoint"
-            ) from error

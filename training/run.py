@@ -21,7 +21,7 @@ from rollout.engines.device_transfer import check_transfer
 from rollout.environment import Row
 from rollout.errors import UserError
 from rollout.evaluation import evaluate, write_outcomes
-from training import build, checkpoint, success_history, summary
+from training import build, checkpoint, layout, success_history, summary
 from training.config import TrainingConfig
 from training.device import give_memory_back
 from training.journal import Journal
@@ -50,11 +50,14 @@ def execute(cfg: TrainingConfig, composed: Any, run_dir: Path, start: float) -> 
         directory = RunDirectory(Path(ranks.agree(str(run_dir))), writes=ranks.leads)
         if ranks.leads:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory.path / "tensorboard")
+            if cfg.resume and (found := checkpoint.latest(directory.checkpoints)) is not None:
+                layout.check_resumable(found, layout.wanted(cfg.trainer, ranks.size))
             directory.open(composed, resume=cfg.resume, overwrite=cfg.overwrite)
         else:
             console.quiet = True
         ranks.agree()  # rank 0 has made the directory
-        Run(cfg, directory, ranks, stack).train()
+        with ranks.waiting("the others"):
+            Run(cfg, directory, ranks, stack).train()
         return finish(cfg, directory, time.monotonic() - start) if ranks.leads else {}
 
 

@@ -142,8 +142,7 @@ class ProbeConfig:
 
 @dataclass
 class NodeConfig:
-    """The hardware that ``dry_run`` plans for."""
+    """The hardware that ``dry_run`` plans for; which of its GPUs are the engine's alone says ``engine.devices``."""
 
     gpus: int = 1
     gpu_memory_gib: float = 80.0
-    engine_gpus: int = 0  # GPUs of the engine's own; 0: shared with the trainer (sleep and wake)

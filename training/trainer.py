@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -229,14 +228,19 @@ class RolloutTrainer(Trainer):
             folder = ranks.agree(
                 stack.enter_context(checkpoint.writing(self.checkpoints, step, self.keep_last)) if ranks.leads else None
             )
-            error = None
+            if not ranks.leads:
+                stack.enter_context(checkpoint.cleared(folder))
             try:
-                self._write(folder)
-            except (OSError, RuntimeError, SafetensorError) as failure:
+                with ranks.waiting("the others' parts of a checkpoint"):
+                    self._write(folder)
+            except checkpoint.UNWRITTEN as error:
                 if ranks.size == 1:
                     raise
-                error = checkpoint.unwritten(folder, failure)
-            ranks.all_or_none(error)
+                # At once: the others may wait for this rank in the middle of their part, and end when it does.
+                rank, cause = checkpoint.first_cause(error, ranks.rank)
+                text = checkpoint.unwritten(self.checkpoints / f"step-{step}", cause)
+                raise UserError(f"rank {rank}: {text}") from error
+            ranks.gather(None)
 
     def _write(self, folder: Path) -> None:
         policy = self.accelerator.unwrap_model(self.model)

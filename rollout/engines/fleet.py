@@ -25,7 +25,7 @@ from rollout.engines.remote import RemoteEngine
 from rollout.engines.router import Router, device_shares
 from rollout.engines.weight_files import KeptWeights
 from rollout.errors import EngineDied
-from rollout.scheduling.files import VARIABLES
+from rollout.scheduling.files import VARIABLES, with_own_port
 from rollout.weights import BOUNDS, SyncMismatch, Weights, furthest
 
 if TYPE_CHECKING:
@@ -255,7 +255,9 @@ class Fleet:
         weights = self._weights
         with nullcontext(self._model_dir) if weights is None else weights.folder(Path(self._model_dir)) as folder:
             version = 0 if weights is None else weights.version
-            member.engine = member_class(self._single)(self._single, str(folder), member.log_path, version, member.own)
+            options = with_own_port(self._single.scheduler_options, member.index)
+            config = replace(self._single, scheduler_options=options)
+            member.engine = member_class(config)(config, str(folder), member.log_path, version, member.own)
 
     def _keep(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> KeptWeights:
         """Write new weights down in the place of the last, before or after a member starts on these; blocks."""

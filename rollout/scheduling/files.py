@@ -50,15 +50,22 @@ def with_files(
     return {**options, KEY: named}, {variable: files.get(name, "") for name, variable in VARIABLES.items()}
 
 
-def for_replica(options: Mapping[str, Any], replica: int) -> dict[str, Any]:
+def for_replica(options: Mapping[str, Any], replica: int, engines: int = 1) -> dict[str, Any]:
     """The options of the server with that number among several: what it writes is not what another one writes.
 
-    Number 0 has the names as they are given, number 1 ``stats.1.json`` for ``stats.json``, and the next port.
+    Number 0 has the names as they are given, number 1 ``stats.1.json`` for ``stats.json``.
     """
     own = dict(options[KEY])
     for name in ("save_latencies", "metrics_path"):
         if own.get(name) is not None:
             own[name] = str(engine_path(Path(own[name]), replica))
-    if own.get("metrics_port"):
-        own["metrics_port"] += replica
+    return with_own_port({**options, KEY: own}, replica, engines)
+
+
+def with_own_port(options: Mapping[str, Any], replica: int, engines: int = 1) -> dict[str, Any]:
+    """The options, with the port of the server's metrics after those of the ``engines`` that each one before it has."""
+    own = dict(options.get(KEY, {}))
+    if not own.get("metrics_port"):
+        return dict(options)
+    own["metrics_port"] += replica * engines
     return {**options, KEY: own}

@@ -17,20 +17,25 @@ from benchmarks.knapsack_effect import Arm
 ROOT = Path(__file__).parents[2]
 
 
-def quick(name: str, folder: Path) -> dict[str, float]:
-    """The figures of a ``--quick`` run, in a folder of its own, which it leaves as it was but for its picture."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
-    if name != "knapsack_optimality":
-        command += ["--plots", "pictures"]
+def figures_of(name: str, folder: Path, *flags: str, timeout_s: float = 290.0) -> dict[str, float]:
+    """The figures of a ``--quick`` run, in a folder of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     last: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["benchmark"], last["bars"]) == (name, [])
-    assert not list(folder.rglob("metrics.jsonl"))
-    if name != "knapsack_optimality":
-        assert (folder / "pictures" / f"{name}.png").stat().st_size > 0
     return dict(last["figures"])
+
+
+def quick(name: str, folder: Path) -> dict[str, float]:
+    """``figures_of`` one that leaves its folder as it was but for its picture."""
+    draws = name != "knapsack_optimality"
+    figures = figures_of(name, folder, *(["--plots", "pictures"] if draws else []))
+    assert not list(folder.rglob("metrics.jsonl"))
+    if draws:
+        assert (folder / "pictures" / f"{name}.png").stat().st_size > 0
+    return figures
 
 
 def test_knapsack_optimality(tmp_path: Path) -> None:
@@ -46,6 +51,14 @@ def test_knapsack_drift(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["knapsack_effect", "tppo_vs_ppo", "otc_effect", "adacot_effect", "pareto"])
 def test_training_runs_are_compared(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(value) for value in quick(name, tmp_path).values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["process_parity", "resume", "process_throughput"])
+def test_runs_on_several_processes_are_compared(name: str, tmp_path: Path) -> None:
+    figures = figures_of(name, tmp_path, timeout_s=1100)
+    assert figures and all(np.isfinite(value) for value in figures.values())
 
 
 def test_tokens_to_an_accuracy_lie_on_straight_lines_between_evaluations(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import multiprocessing.resource_tracker
 import os
 import signal
+import socket
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import closing
@@ -21,13 +23,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.config import LimitsConfig, VllmConfig
+from rollout.config import PROGRAM_SCHEDULER, LimitsConfig, VllmConfig
 from rollout.engines import Sampling
 from rollout.engines.router import Router, device_shares
 from rollout.engines.vllm import build
 from rollout.episode import program_id
 from rollout.errors import EngineDied, UserError
 from rollout.runner import Job, Runner
+from rollout.scheduling.options import KEY
 from rollout.speaker import Policy
 from rollout.tasks import ToolEnvironment
 from rollout.tools.calculator import calculator
@@ -123,6 +126,7 @@ def test_too_few_or_unknown_devices_are_refused() -> None:
         ({"replicas": 2, "deterministic": True}, "take engine=vllm_process"),
         ({"replicas": 2, "mode": "http", "deterministic": True}, "engine.deterministic: needs"),
         ({"replicas": 2, "mode": "http", "url": "http://127.0.0.1:1"}, "engine.replicas: the server at engine.url"),
+        ({"replicas": 2, "mode": "http", "extra": {"port": 1}}, "engine.extra.port: the replicas cannot share it"),
         ({"replicas": 0}, "engine.replicas: 0 must be at least 1"),
         ({"restarts": -1}, "engine.restarts: -1 must not be negative"),
         ({"devices": [0]}, "engine.devices: are for engines that are started as processes"),
@@ -155,6 +159,25 @@ def fleet(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, run: Loop) 
     yield fleet
     run(fleet.close())
     assert_gone(before)
+
+
+@pytest.mark.slow
+def test_each_member_has_a_metrics_port_of_its_own(model_dir: Path, tmp_path: Path, run: Loop) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    scheduler = {KEY: {"policy": "turnstile", "metrics_port": port}}
+    small = {"max_model_len": 512, "kv_cache_gib": 0.1, "timeout_s": 120.0}
+    config = VllmConfig(
+        mode="process", replicas=2, scheduler_cls=PROGRAM_SCHEDULER, scheduler_options=scheduler, **small
+    )
+    fleet = build(config, str(model_dir), log_path=tmp_path / "engine.log")
+    try:
+        for member in range(2):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port + member}/metrics") as answer:
+                assert b"turnstile_turns_total" in answer.read()
+    finally:
+        run(fleet.close())
 
 
 def moved(model: Any, seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -31,7 +32,18 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replicas(checkpoint: Path, run_dir: Path) -> Iterator[Serving]:
+def metrics_port() -> int:
+    """One that is free, as is the next."""
+    for port in range(21000, 32000, 2):
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("", port))
+            second.bind(("", port + 1))
+            return port
+    raise AssertionError("no two free ports")
+
+
+@pytest.fixture(scope="module")
+def replicas(checkpoint: Path, run_dir: Path, metrics_port: int) -> Iterator[Serving]:
     serving = Serving(
         f"checkpoint={checkpoint}",
         "port=0",
@@ -41,6 +53,7 @@ def replicas(checkpoint: Path, run_dir: Path) -> Iterator[Serving]:
         f"+extra.block-size={BLOCK}",
         "+extra.enable-prompt-tokens-details=true",
         "scheduler=turnstile",
+        f"scheduler.options.turnstile.metrics_port={metrics_port}",
         "replicas=2",
     )
     yield serving
@@ -129,6 +142,17 @@ def test_metrics_and_files_tell_the_replicas_apart(client: Any, url: str, run_di
     for replica in "01":
         assert read_snapshot(run_dir / f"replica-{replica}" / NUMBERS) is not None
         assert (run_dir / f"replica-{replica}" / "engine.log").is_file()
+
+
+def test_each_engine_has_a_metrics_port_of_its_own(replicas: Serving, client: Any, url: str, metrics_port: int) -> None:
+    pages = [url, *(f"http://127.0.0.1:{metrics_port + replica}" for replica in range(2))]
+    for program in (1, 2):
+        ask(client, f"spread {program}", prompt(program, 300))
+    router, *engines = [urllib.request.urlopen(f"{page}/metrics").read().decode() for page in pages]
+    for replica, engine in enumerate(engines):
+        (own,) = re.findall(r'^turnstile_turns_total\{engine="0"\} (\S+)$', engine, re.MULTILINE)
+        assert f'turnstile_turns_total{{engine="0",replica="{replica}"}} {own}' in router
+        assert f"metrics on port {metrics_port + replica}\n" in replicas.printed
 
 
 def test_a_release_reaches_the_programs_replica(client: Any, url: str) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import ClassVar
+
+import psutil
 
 from rollout.environment import Message, Row
 from rollout.episode import Episode
@@ -17,6 +22,8 @@ from rollout.tasks import ToolEnvironment
 from rollout.tasks.arithmetic import Arithmetic, is_right
 from training.rewards.adacot import AdaCot
 from training.rewards.otc import Otc
+
+LAUNCHED_S = 400.0  # DeepSpeed compiles what it uses at its first start
 
 
 class LengthReward:
@@ -94,6 +101,34 @@ SMALL = [
     "evaluation.before=false",
     "evaluation.after=false",
 ]
+
+# An engine that starts in seconds, on rank 0
+ON_TWO = [
+    *(line for line in SMALL if "kv_cache" not in line),
+    "engine=transformers",
+    "engine.num_blocks=128",
+    "checkpoint.every=1",
+    "episodes_logged=1000",
+]
+
+
+def launched(
+    overrides: list[str], log: Path, *, processes: int = 2, module: Sequence[str] = ("training",)
+) -> tuple[int, str]:
+    """A run by torchrun: its exit code and what it printed. No process may be left of it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *launcher, *module, *overrides], stdout=file, stderr=file)
+    started = {process.pid: psutil.Process(process.pid)}
+    deadline = time.monotonic() + LAUNCHED_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+        time.sleep(0.1)
+    _, left = psutil.wait_procs(list(started.values()), timeout=30)
+    assert not left, [each.cmdline() for each in left]
+    return process.returncode, log.read_text()
 
 
 def context() -> ForkServerContext:

@@ -43,7 +43,7 @@ def test_recipes_fit_and_show_their_plan(recipe, capsys):
 
 def test_what_cannot_fit_is_refused_after_the_plan_was_shown(capsys):
     with pytest.raises(UserError) as refused:
-        dry_run(settings("experiment=qwen3_8b_grpo_8xh100", "node.gpus=1"))
+        dry_run(settings("experiment=qwen3_8b_grpo_8xh100", "node.gpus=1", "engine.replicas=1"))
     needs = r"needs [\d.]+ GiB of a GPU's 80 GiB, [\d.]+ GiB too much \(most: optimizer, 91.5 GiB\)"
     more = r"raise node.gpus, or train adapters \(lora=lora\)"
     assert re.fullmatch(f"rollouts: {needs}; {more}; and training: {needs}; {more}", str(refused.value))
@@ -103,3 +103,46 @@ def test_a_critic_is_planned_beside_the_policy() -> None:
     for without, beside in zip(plan(replace(asked, critic=None)).phases, plan(asked).phases, strict=True):
         states = without.parts["weights"] + without.parts["optimizer"]
         assert beside.parts == without.parts | {"critic": states}, "as large as the policy, and it steps before it"
+
+
+@pytest.mark.parametrize(
+    "overrides, launched, own, trainers",
+    [
+        ([], {}, 0, 8),
+        (["engine.replicas=2"], {}, 0, 8),
+        (["engine.replicas=2", "engine.devices=[6,7]"], {}, 2, 6),
+        (["engine.replicas=2", "engine.devices=[5,6,7]"], {}, 0, 8),
+        (["engine.replicas=2", "engine.tensor_parallel_size=2", "engine.devices=[4,5,6,7]"], {}, 4, 4),
+        (["engine.replicas=2", "engine.devices=[6,7]"], {"LOCAL_WORLD_SIZE": "7", "WORLD_SIZE": "14"}, 1, 14),
+        (["engine.replicas=2", "engine.devices=[6,7]"], {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}, 0, 8),
+    ],
+)
+def test_the_plan_is_of_the_engines_and_processes_that_run(overrides, launched, own, trainers, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    asked = plan_input(settings("node.gpus=8", "engine=vllm_process", "sharding=zero3", *overrides))
+    assert (asked.engine.own_gpus, asked.trainers) == (own, trainers)
+    assert asked.engine.shares == (own < asked.engine.gpus)
+
+
+@pytest.mark.parametrize(
+    "overrides, launched, message",
+    [
+        (["engine.replicas=3"], {}, r"engine.devices: 3 x 1 devices .* are needed, there are 2; lower engine.replicas"),
+        (["engine.devices=[2]"], {}, r"engine.devices: there is no device 2"),
+        ([], {"LOCAL_WORLD_SIZE": "3"}, r"node.gpus: 3 processes train on 2 GPUs; start no more than there are GPUs"),
+    ],
+)
+def test_more_engines_or_processes_than_gpus_are_refused(overrides, launched, message, monkeypatch):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        plan_input(settings("node.gpus=2", "engine=vllm_process", *overrides))
+
+
+def test_recipes_have_an_engine_on_each_gpu():
+    for recipe in RECIPES:
+        asked = plan_input(settings(f"experiment={recipe}"))
+        assert asked.engine.gpus == asked.gpus == asked.trainers == 8

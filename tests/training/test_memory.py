@@ -282,12 +282,29 @@ def test_a_shared_gpu_holds_both_in_rollouts_and_an_own_one_only_the_engine():
     shared = memory.plan(inputs(shape, gpus=4))
     rollouts, training = shared.phases
     assert "optimizer" in rollouts.parts and "engine asleep" in training.parts
-    own = memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, own_gpus=2)))
+    own = memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=2, own_gpus=2)))
     rollouts, training = own.phases
     assert abs(rollouts.total - 40 * GIB) < 4 and "engine asleep" not in training.parts
-    assert own.batch["engine replicas"] == 2 and shared.batch["engine replicas"] == 4
-    with pytest.raises(UserError, match=r"node.engine_gpus: 4 of 4 GPUs leave none to train on"):
-        memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, own_gpus=4)))
+    assert own.batch["engine replicas"] == 2 and shared.batch["engine replicas"] == 1
+
+
+def test_states_are_cut_over_the_processes_that_train_wherever_they_are():
+    shape = memory.build_shape(architecture())
+    cut = inputs(shape, strategy="zero3", gpus=4)
+    for processes, engine in ((4, cut.engine), (2, replace(cut.engine, replicas=2, own_gpus=2))):
+        alone = memory.model_states(inputs(shape))
+        each = memory.model_states(replace(cut, engine=engine))
+        assert each == memory.model_states(replace(cut, processes=processes))
+        assert each == {name: -(-size // processes) for name, size in alone.items()}
+    two_nodes = replace(cut, processes=8)
+    assert memory.batch_plan(two_nodes)["micro-batches an optimizer step and process, at most"] == 1
+
+
+def test_replicas_play_as_many_episodes_as_they_have_places():
+    shape = memory.build_shape(architecture())
+    for replicas, at_once in ((1, 8), (2, 16), (3, 16)):
+        made = memory.batch_plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=replicas)))
+        assert made["episodes at once, at most"] == at_once
 
 
 def test_adapters_need_no_second_model_as_reference():
@@ -306,7 +323,7 @@ def test_micro_batches_hold_every_episode_at_full_length(prompts, samples, minib
     shape = Shape(64, 3, 128, 64, 4, 160, 256, True, parameters=200_000, layer_parameters=50_000)
     p = inputs(shape, prompts=prompts, samples=samples, minibatches=minibatches, gpus=gpus, max_tokens=rows * 256 + 255)
     made = memory.batch_plan(p)
-    room = made["micro-batches an optimizer step and GPU, at most"] * rows * gpus * minibatches
+    room = made["micro-batches an optimizer step and process, at most"] * rows * gpus * minibatches
     assert room >= made["episodes a step"] == prompts * samples
 
 

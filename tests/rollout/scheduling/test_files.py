@@ -101,5 +101,6 @@ def test_replicas_write_what_the_user_names_beside_each_other() -> None:
     second = for_replica(options, 1)
     moved = {"save_latencies": "/d/kept.1.json", "metrics_path": "$D/stats.1.json", "metrics_port": 10}
     assert second == {**options, KEY: {**options[KEY], **moved}}
+    assert for_replica(options, 2, engines=3)[KEY]["metrics_port"] == 15, "each engine of a server has a port"
     free = {KEY: {"policy": "turnstile", "metrics_port": 0, "metrics_path": None}}
     assert for_replica(free, 1) == free
