@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hydra.utils import get_method, instantiate
 from rollout.chat import THINK, Chat
 from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
+from rollout.engines.adapter import adapter_arguments
 from rollout.errors import UserError
 from rollout.runner import Runner, concurrency
 from rollout.scheduling.files import with_files
@@ -29,7 +31,7 @@ from training.config import TrainingConfig
 from training.critic import Critic, make_critic
 from training.device import give_memory_back, own_device
 from training.head import attach_head, respects_boundaries, token_logprobs
-from training.lora import add_adapter, base_model, merged_weights
+from training.lora import adapter_folder, adapter_weights, add_adapter, base_model, merged_weights, served_modules
 from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
@@ -87,6 +89,8 @@ def make_policy_model(
     attach_head(model, temperature=cfg.sampling.temperature)
     if cfg.lora is not None:
         model = add_adapter(model, cfg.lora, adapter)
+    if cfg.sends_adapter:
+        served_modules(model)  # refuses, on every rank
     return model, tokenizer
 
 
@@ -99,6 +103,11 @@ def engine_settings(cfg: TrainingConfig, model_dir: Path | str, run_dir: Path) -
     )
     os.environ.update(variables)
     return replace(cfg.engine, scheduler_options=options)
+
+
+def with_adapter(cfg: TrainingConfig, settings: Any, model: Any) -> Any:
+    """The engine's settings, ready for the model's adapter; what ``engine.extra`` says of adapters stands."""
+    return replace(settings, extra=adapter_arguments(cfg.lora.rank, served_modules(model)) | dict(settings.extra))
 
 
 def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
@@ -174,6 +183,7 @@ class EngineSync:
             bound = max(bound_for(cfg.engine.dtype), bound_for(cfg.model.dtype))
         self.probe = Probe(probe_ids, bound)
         self.ranks, self.runner, self.engine, self.model = ranks, runner, engine, model
+        self.sends_adapter = cfg.sends_adapter
         self.timeout_s = cfg.engine.timeout_s
         self.difference = 0.0
         self._synced: int | None = None
@@ -188,20 +198,25 @@ class EngineSync:
             self.ranks.gather(None)  # the engine wakes when every rank has done so
         if self.runner is None:
             if is_sharded(self.model):
-                collections.deque(merged_weights(self.model), maxlen=0)
+                sent = adapter_weights(self.model) if self.sends_adapter else merged_weights(self.model)
+                collections.deque(sent, maxlen=0)
                 model_logprobs(base_model(self.model), self.probe.ids)
         else:
-            parts = sync(
-                self.engine,
-                merged_weights(self.model),
-                version,
-                probe=self.probe,
-                trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
-                asleep=self._asleep,
-            )
-            self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
+            with self._weights() as weights:
+                parts = sync(
+                    self.engine,
+                    weights,
+                    version,
+                    probe=self.probe,
+                    trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+                    asleep=self._asleep,
+                )
+                self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
         self._synced, self._asleep = version, False
         return version
+
+    def _weights(self) -> AbstractContextManager[Any]:
+        return adapter_folder(self.model) if self.sends_adapter else nullcontext(merged_weights(self.model))
 
     def rest(self) -> None:
         """The trainer works now: an engine that shares its device gives memory back, until the next call."""

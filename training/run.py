@@ -79,6 +79,8 @@ class Run:
             return
         start = self.resume or self.first
         settings = build.engine_settings(cfg, start, directory.path)
+        if cfg.sends_adapter:  # over the weights that it was trained over: a checkpoint's have it in them already
+            settings, start = build.with_adapter(cfg, settings, self.model), self.first
         with directory.timed("engine_start"), stage("engine start", 1, "engine") as shown:
             engine = build.make_engine(settings, start, directory.path / "engine.log")
             shown.update(1)

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,10 @@ class RemoteEngine(ABC):
         """Load safetensors files, each of which lives until the next is asked for, and drop the prefix cache."""
 
     @abstractmethod
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        """Load an adapter, for all requests from now on, and drop the prefix cache."""
+
+    @abstractmethod
     async def _sleep(self, level: int) -> None: ...
 
     @abstractmethod
@@ -124,14 +128,21 @@ class RemoteEngine(ABC):
 
     async def load(self, files: Iterator[Path], version: int) -> None:
         """``update_weights`` from safetensors files, each of which lives until the next is asked for."""
-        await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
+        change = self._update(lambda: self._load(files, version))
+        await self._call(self._watched(change), f"weights of version {version} to load")
         self.version = version
 
-    async def _update(self, files: Iterator[Path], version: int) -> None:
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
+        change = self._update(lambda: self._load_adapter(folder, version))
+        await self._call(self._watched(change), f"the adapter of version {version} to load")
+        self.version = version
+
+    async def _update(self, load: Callable[[], Awaitable[None]]) -> None:
         frozen = not self._paused
         if frozen:
             await self._set_paused("keep")
-        await self._load(files, version)
+        await load()
         if frozen:
             await self._set_paused(None)
 

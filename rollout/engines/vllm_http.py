@@ -2,7 +2,8 @@
 
 Generation goes through vLLM's ``/inference/v1/generate`` (sampling parameters and weight versions unchanged), the rest
 through the endpoints of ``VLLM_SERVER_DEV_MODE=1``. A server that is joined must be started like ours (``command``,
-with the variables of ``rollout.engines.vllm.variables``) on a machine that shares /dev/shm with the trainer.
+with the variables of ``rollout.engines.vllm.variables``, for adapters also ``ADAPTERS``) on a machine that shares
+/dev/shm with the trainer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -23,13 +26,17 @@ from urllib.parse import quote
 
 from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.adapter import NAME
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, of_launcher, sampling_fields, variables
+from rollout.engines.vllm_plugin import ADAPTER_SERVER
+from rollout.engines.weight_files import roomy_folder
 from rollout.errors import EngineDied, UserError, WaitTimeout
 from rollout.scheduling.programs import LONGEST_NAME
 
 HOST = "127.0.0.1"
+ADAPTERS = {ADAPTER_SERVER: "1"}
 ABORT_PREFIX = "generate-tokens-"  # vLLM puts it before the request ids of this endpoint
 
 
@@ -48,6 +55,8 @@ class HttpEngine(RemoteEngine):
         super().__init__(config, model_dir, log_path, version)
         self._server: subprocess.Popen[bytes] | None = None
         self.url = config.url
+        self._model: str | None = None  # who answers: None is the model itself
+        self._link = (roomy_folder() or Path(tempfile.gettempdir())) / f"turnstile-{uuid.uuid4().hex}"
         if self.url is None:
             self.url, self._server = launch(config, model_dir, log_path, own)
         try:
@@ -87,6 +96,7 @@ class HttpEngine(RemoteEngine):
     async def _generate(self, request: Request, request_id: str) -> Generation:
         body = {
             "request_id": request_id,
+            "model": self._model,
             "token_ids": request.ids,
             "sampling_params": sampling_fields(request),
             "priority": request.priority,
@@ -111,7 +121,12 @@ class HttpEngine(RemoteEngine):
         )
 
     async def _score(self, ids: list[int], request_id: str) -> list[float]:
-        body = {"request_id": request_id, "token_ids": ids, "sampling_params": SCORING_FIELDS}
+        body = {
+            "request_id": request_id,
+            "model": self._model,
+            "token_ids": ids,
+            "sampling_params": SCORING_FIELDS,
+        }
         reply = await self._post("/inference/v1/generate", body)
         entries = reply["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
@@ -131,6 +146,20 @@ class HttpEngine(RemoteEngine):
         while path := await asyncio.to_thread(next, files, None):
             await self._post("/update_weights", {"update_info": {"path": str(path)}})
         await self._post("/finish_weight_update", {"weight_version": str(version)})
+        await self._drop_cache()
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        self._link.symlink_to(folder)  # one path for all versions: vLLM's prefix cache tells adapters apart by it
+        try:
+            body = {"lora_name": NAME, "lora_path": str(self._link), "load_inplace": True}
+            await self._post("/v1/load_lora_adapter", body)
+        finally:
+            self._link.unlink()
+        await self._post("/update_weight_version", {"new_version": str(version)})
+        self._model = NAME
+        await self._drop_cache()
+
+    async def _drop_cache(self) -> None:
         if not self.config.keep_cache:
             await self._post("/reset_prefix_cache?reset_running_requests=true")
 
@@ -162,7 +191,7 @@ class HttpEngine(RemoteEngine):
             raise UserError(f"engine.url: {self.url}{path} does not exist; start the server as {__name__} says")
         if reply.status >= 400:
             raise UserError(f"engine: vLLM refuses a request to {path}: {text[:300]}")
-        return json.loads(text) if text else None
+        return json.loads(text) if reply.content_type == "application/json" else None
 
     def _stop(self) -> None:
         with contextlib.suppress(AttributeError):  # the session is absent if the start failed before it
@@ -188,6 +217,8 @@ def command(config: VllmConfig, model_dir: str, port: int) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name == "lora_target_modules":
+            line += [f"--{flag}", *value]
         elif value is not None and value != {}:
             line += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return line
@@ -205,7 +236,8 @@ def launch(
     port = free_port(config.extra.get("port"))
     line = command(config, model_dir, port)
     kept = {name: value for name, value in os.environ.items() if not of_launcher(name)}
-    environment = kept | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | own
+    adapters = ADAPTERS if config.extra.get("enable_lora") else {}
+    environment = kept | variables(log_path) | {"VLLM_SERVER_DEV_MODE": "1"} | adapters | own
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         server = subprocess.Popen(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.adapter import lora_request
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import (
@@ -25,6 +26,7 @@ from rollout.scheduling.programs import RELEASE
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -41,6 +43,7 @@ class ProcessEngine(RemoteEngine):
     ) -> None:
         """``own``: environment variables of the engine's process alone."""
         super().__init__(config, model_dir, log_path, version)
+        self._adapter: LoRARequest | None = None
         try:
             with environment(log_path, own), refusals():
                 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -74,7 +77,7 @@ class ProcessEngine(RemoteEngine):
         session = {} if request is None else {"priority": request.priority, "session_id": request.program_id}
         prompt = {"type": "token", "prompt_token_ids": ids}
         try:
-            async for output in self._llm.generate(prompt, params, request_id, **session):
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter, **session):
                 if output.finished:
                     return output
         except EngineDeadError as error:
@@ -103,6 +106,16 @@ class ProcessEngine(RemoteEngine):
         while path := await asyncio.to_thread(next, files, None):
             await self._llm.update_weights(WeightTransferUpdateRequest({"path": str(path)}))
         await self._llm.finish_weight_update(str(version))
+        await self._drop_cache()
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        await self._alive()
+        await self._llm.add_lora(lora_request(folder))
+        await self._llm.update_weight_version(str(version))
+        self._adapter = lora_request()
+        await self._drop_cache()
+
+    async def _drop_cache(self) -> None:
         if not self.config.keep_cache:
             await self._llm.reset_prefix_cache(reset_running_requests=True)
 
