@@ -200,7 +200,7 @@ class EngineSync:
             if is_sharded(self.model):
                 sent = adapter_weights(self.model) if self.sends_adapter else merged_weights(self.model)
                 collections.deque(sent, maxlen=0)
-                model_logprobs(base_model(self.model), self.probe.ids)
+                model_logprobs(self.model, self.probe.ids)
         else:
             with self._weights() as weights:
                 parts = sync(
@@ -208,7 +208,7 @@ class EngineSync:
                     weights,
                     version,
                     probe=self.probe,
-                    trainer_logprobs=lambda ids: model_logprobs(base_model(self.model), ids),
+                    trainer_logprobs=lambda ids: model_logprobs(self.model, ids),
                     asleep=self._asleep,
                 )
                 self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")

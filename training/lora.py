@@ -66,7 +66,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             value = whole(parameter)
             if merges:
                 for adapter in module.active_adapters:
-                    value = value + module.get_delta_weight(adapter).to(value.dtype)
+                    value = value + whole(module.get_delta_weight(adapter)).to(value.dtype)
             yield name.replace(".base_layer.", "."), value
 
 
