@@ -21,6 +21,7 @@ from rollout.errors import UserError
 from rollout.plots import read_jsonl
 from rollout.weights import Probe, SyncMismatch, bound_for, model_logprobs, sync
 from tests.training.launch import SMALL, context
+from tests.training.test_chaos import start
 from tests.training.test_run import run
 from training.lora import adapter_folder, add_adapter, base_model, served_modules
 from training.models import build_tiny, load_policy
@@ -198,28 +199,50 @@ def test_an_engine_that_is_started_anew_has_the_adapter(folder: Path, tmp_path: 
 ADAPTER = ["lora=lora", "lora.rank=4", "lora.sync=adapter", "optimizer.learning_rate=0.01"]
 
 
-@pytest.mark.parametrize("engine", ["vllm", pytest.param("vllm_process", marks=pytest.mark.slow)])
-def test_a_run_trains_and_goes_on_with_adapters_alone(engine: str, tmp_path: Path) -> None:
-    overrides = [*SMALL, *ADAPTER, f"engine={engine}", "engine.kv_cache_gib=0.1", "checkpoint.every=2"]
-    for steps in (2, 4):
-        resume = str(steps > 2).lower()
-        code, text = run(
-            [*overrides, f"run_dir={tmp_path / 'run'}", f"steps={steps}", f"resume={resume}"], tmp_path / "log"
-        )
-        assert code == 0, text[-3000:]
-    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(row["sync/difference"] < 1e-4 for row in rows)
-    assert all(row["policy/mismatch_max"] < 1e-3 for row in rows)
-    start, end = (
-        base_model_logprobs(path) for path in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step-4")
-    )
-    assert max(abs(a - b) for a, b in zip(start, end, strict=True)) > 0.01, "there was something to send"
+def trained(run_dir: Path, *overrides: str, resume: bool = False) -> None:
+    settings = [*SMALL, *ADAPTER, *overrides, f"resume={str(resume).lower()}", f"run_dir={run_dir}"]
+    code, text = run(settings, run_dir.with_suffix(".log"))
+    assert code == 0, text[-3000:]
 
 
-def base_model_logprobs(folder: Path) -> list[float]:
-    model, _ = load_policy(folder)
-    return model_logprobs(model, IDS[:1])[0]
+def checked(run_dir: Path, steps: int) -> None:
+    """Every sync passed, and there was something to send."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert all(row["sync/difference"] < 1e-4 and row["policy/mismatch_max"] < 1e-3 for row in rows)
+    folders = run_dir / "model", run_dir / "checkpoints" / f"step-{steps}"
+    start, end = (model_logprobs(load_policy(folder)[0], IDS[:1])[0] for folder in folders)
+    assert max(abs(a - b) for a, b in zip(start, end, strict=True)) > 0.01
+
+
+def test_a_run_that_sends_adapters_alone_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    exact = "engine.deterministic=true", "checkpoint.every=2", "optimizer.lr_scheduler_type=constant"
+    trained(tmp_path / "whole", *exact, "steps=4")
+    trained(tmp_path / "parts", *exact, "steps=2")
+    trained(tmp_path / "parts", *exact, "steps=4", resume=True)
+    checked(tmp_path / "parts", 4)
+    whole, parts = (tmp_path / name / "checkpoints" / "step-4" for name in ("whole", "parts"))
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_run_with_an_engine_of_its_own_goes_on(tmp_path: Path) -> None:
+    settings = "engine=vllm_process", "engine.kv_cache_gib=0.1", "checkpoint.every=2"
+    trained(tmp_path / "run", *settings, "steps=2")
+    trained(tmp_path / "run", *settings, "steps=4", resume=True)
+    checked(tmp_path / "run", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("sharding", "way"), [("zero3", "adapter"), ("fsdp2", "adapter"), ("fsdp2", "merged")])
+def test_what_two_processes_hold_in_parts_arrives_whole(sharding: str, way: str, tmp_path: Path) -> None:
+    engine = ["engine=vllm_process", "engine.max_num_seqs=8", "engine.kv_cache_gib=0.1"]
+    settings = [*SMALL, *ADAPTER, *engine, f"lora.sync={way}", f"sharding={sharding}", "steps=2"]
+    process = start([*settings, f"run_dir={tmp_path / 'run'}"], tmp_path / "log", processes=2)
+    assert process.wait(350) == 0, (tmp_path / "log").read_text()[-3000:]
+    checked(tmp_path / "run", 2)
 
 
 def test_layers_that_no_engine_computes_are_refused_before_it_starts(tmp_path: Path) -> None:
