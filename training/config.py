@@ -195,6 +195,11 @@ class TrainingConfig:
         require(vllm, "lora.sync", "adapter: only vLLM computes adapters; take lora.sync=merged, or engine=vllm")
         rank, most = self.lora.rank, RANKS[-1]
         require(rank <= most, "lora.rank", f"{rank}: vLLM takes at most {most}; lower it, or take lora.sync=merged")
+        require(
+            self.engine.sleep_level < 2,
+            "engine.sleep_level",
+            "2 drops the weights, which lora.sync=adapter never sends; take 1, or lora.sync=merged",
+        )
 
     def _check_staleness(self) -> None:
         ahead, sleeps = self.max_staleness, getattr(self.engine, "sleep_level", 0) > 0
