@@ -10,7 +10,7 @@ export PYTHON
 PURE := hydra_plugins/local_gpus benchmarks/report.py rollout/tools rollout/tasks \
 	$(addprefix serving/,affinity.py config.py parsers.py plan.py replica_metrics.py) \
 	$(addprefix rollout/,activity.py agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py reasoning.py \
-		weights.py engines/__init__.py engines/router.py) \
+		weights.py engines/__init__.py engines/adapter.py engines/router.py) \
 	$(addprefix rollout/scheduling/,programs.py policy.py policies.py turnstile.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
 		metrics.py plots.py costs.py workloads.py traces.py results.py) \
 	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py episode_record.py estimates.py flops.py head.py knapsack.py \

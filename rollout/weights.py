@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rollout.engines import Engine
@@ -90,7 +91,7 @@ async def _scores(engine: Engine, ids: list[int]) -> list[list[float]]:
 
 async def sync(
     engine: Engine,
-    stream: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, torch.Tensor]] | Path,
     version: int,
     *,
     probe: Probe | None = None,
@@ -99,13 +100,17 @@ async def sync(
 ) -> float | None:
     """Send the policy's weights as ``version`` and pass the gate; gives the probe's largest difference.
 
+    ``weights``: named tensors, or the folder of an adapter over the weights that the engine was started with.
     An engine that is ``asleep`` is woken in two parts, so that its cache never lies beside weights on their way.
     ``trainer_logprobs`` maps the probe's sequences to the trainer's own log-probs; it runs on a thread, so that
     rollouts on this event loop go on.
     """
     if asleep:
         await engine.wake(["weights"])
-    await engine.update_weights(stream, version)
+    if isinstance(weights, Path):
+        await engine.load_adapter(weights, version)
+    else:
+        await engine.update_weights(weights, version)
     if asleep:
         await engine.wake(["kv_cache"])
     if probe is None:

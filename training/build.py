@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import os
@@ -17,29 +16,27 @@ from hydra.utils import get_method, instantiate
 from rollout.chat import THINK, Chat
 from rollout.checkpoint import first_line
 from rollout.engines import Engine, Sampling
-from rollout.engines.device_transfer import Follower
+from rollout.engines.adapter import adapter_arguments
 from rollout.errors import UserError
 from rollout.runner import Runner, concurrency
 from rollout.scheduling.files import with_files
 from rollout.speaker import Policy
 from rollout.tasks import Task
-from rollout.weights import Probe, bound_for, model_logprobs, sync
 from rollout.window import Window
 from training import checkpoint, journal
 from training.config import TrainingConfig
 from training.critic import Critic, make_critic
-from training.device import give_memory_back, own_device
+from training.device import own_device
+from training.engine_sync import EngineSync
 from training.head import attach_head, respects_boundaries, token_logprobs
-from training.lora import add_adapter, base_model
+from training.lora import add_adapter, base_model, served_modules
 from training.members import AdaptiveConfig, DecoupledConfig, EgaeConfig, TruncatedConfig
 from training.models import build_tiny, check_checkpoint, load_policy
 from training.packing import MicroBatch
-from training.policy_weights import PolicyWeights
 from training.prompts import PromptOrder
 from training.ranks import Ranks
 from training.rollouts import Axes, CompleteRollouts, Rollouts, Source, TruncatedRollouts
 from training.settings import BatchConfig
-from training.sharding import is_sharded
 from training.stream import RolloutStream
 from training.together import Together
 from training.trainer import Objective, RolloutTrainer
@@ -89,6 +86,8 @@ def make_policy_model(
     attach_head(model, temperature=cfg.sampling.temperature)
     if cfg.lora is not None:
         model = add_adapter(model, cfg.lora, adapter)
+    if cfg.sends_adapter:
+        served_modules(model)  # refuses, on every rank
     return model, tokenizer
 
 
@@ -101,6 +100,11 @@ def engine_settings(cfg: TrainingConfig, model_dir: Path | str, run_dir: Path) -
     )
     os.environ.update(variables)
     return replace(cfg.engine, scheduler_options=options)
+
+
+def with_adapter(cfg: TrainingConfig, settings: Any, model: Any) -> Any:
+    """The engine's settings, ready for the model's adapter; what ``engine.extra`` says of adapters stands."""
+    return replace(settings, extra=adapter_arguments(cfg.lora.rank, served_modules(model)) | dict(settings.extra))
 
 
 def make_engine(config: Any, model_dir: Path | str, log_path: Path) -> Engine:
@@ -154,72 +158,6 @@ def make_axes(cfg: TrainingConfig, task: Task) -> Axes:
     parts = {name: getattr(reward, name, {}) for name in ("scales", "joined")}
     advantage = instantiate(cfg.advantage, **(parts if isinstance(cfg.advantage, DecoupledConfig) else {}))
     return Axes(instantiate(cfg.budget), reward, advantage, instantiate(cfg.selection))
-
-
-class EngineSync:
-    """Brings the engine to the trainer's weights, at most once a version, through the gate.
-
-    ``runner`` and ``engine`` are None on all ranks but the first: those help to make sharded weights whole.
-    """
-
-    def __init__(
-        self,
-        cfg: TrainingConfig,
-        ranks: Ranks,
-        runner: Runner | None,
-        engine: Engine | None,
-        model: Any,
-        probe_ids: list[list[int]],
-    ) -> None:
-        bound = cfg.probe.bound
-        if bound is None:  # the coarser of the two dtypes decides
-            bound = max(bound_for(cfg.engine.dtype), bound_for(cfg.model.dtype))
-        self.probe = Probe(probe_ids, bound)
-        self.ranks, self.runner, self.engine, self.model = ranks, runner, engine, model
-        self.weights = PolicyWeights(model)
-        self.follower = Follower() if cfg.engine.transfer == "ipc" and runner is None else None
-        self.timeout_s = cfg.engine.timeout_s
-        self.difference = 0.0
-        self._synced: int | None = None
-        self._level = getattr(cfg.engine, "sleep_level", 0)
-        self._asleep = False
-
-    def __call__(self, version: int) -> int:
-        if self._synced == version and self._level == 0:
-            return version
-        if self._level:
-            give_memory_back()
-            self.ranks.gather(None)  # the engine wakes when every rank has done so
-        if self.runner is None:
-            if self.follower is not None:
-                self.follower.send(self.weights)
-            elif is_sharded(self.model):
-                collections.deque(self.weights, maxlen=0)
-            if is_sharded(self.model):
-                model_logprobs(self.model, self.probe.ids)
-        else:
-            parts = sync(
-                self.engine,
-                self.weights,
-                version,
-                probe=self.probe,
-                trainer_logprobs=lambda ids: model_logprobs(self.model, ids),
-                asleep=self._asleep,
-            )
-            self.difference = self.runner.call(parts, 2 * self.timeout_s, f"the engine to load version {version}")
-        self._synced, self._asleep = version, False
-        return version
-
-    def rest(self) -> None:
-        """The trainer works now: an engine that shares its device gives memory back, until the next call."""
-        if self._level == 0 or self._asleep or self.runner is None:
-            return
-        self.runner.call(self.engine.sleep(self._level), 2 * self.timeout_s, "the engine to sleep")
-        self._asleep = True
-
-    def forget(self) -> None:
-        """Sync again at the next call: something else has used the engine's prefix cache."""
-        self._synced = None
 
 
 def probe_sequences(task: Task, chat: Chat, n: int) -> list[list[int]]:

@@ -9,7 +9,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from rollout import config as rollout_config
-from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, require
+from rollout.config import EvaluationConfig, LimitsConfig, SamplingConfig, SchedulerConfig, VllmConfig, require
+from rollout.engines.adapter import RANKS
 from rollout.scheduling.options import KEY, Options
 from training.members import (
     AdaCotConfig,
@@ -96,6 +97,11 @@ class TrainingConfig:
     episodes_logged: int = 8  # episodes a step written to episodes.jsonl
     node: NodeConfig = field(default_factory=NodeConfig)
 
+    @property
+    def sends_adapter(self) -> bool:
+        """Whether the engine gets adapters over the weights that it was started with, not all weights."""
+        return self.lora is not None and self.lora.sync == "adapter"
+
     def check(self) -> None:
         """Refuse combinations that cannot work, each in one line with its remedy."""
         s = self.sampling
@@ -138,6 +144,7 @@ class TrainingConfig:
             "bfloat16 under AdamW loses small updates; take float32 with ++trainer.bf16=true, deepspeed, or lora=lora",
         )
         require(self.process_timeout_s > 0, "process_timeout_s", f"{self.process_timeout_s} must be above 0")
+        self._check_adapter()
         self._check_critic()
         self._check_window()
         self.scheduler.check(self.engine)
@@ -180,6 +187,19 @@ class TrainingConfig:
                 "and alpha_over; advantage=decoupled or advantage.normalize=false keeps it"
             )
         return found
+
+    def _check_adapter(self) -> None:
+        if not self.sends_adapter:
+            return
+        vllm = isinstance(self.engine, VllmConfig)
+        require(vllm, "lora.sync", "adapter: only vLLM computes adapters; take lora.sync=merged, or engine=vllm")
+        rank, most = self.lora.rank, RANKS[-1]
+        require(rank <= most, "lora.rank", f"{rank}: vLLM takes at most {most}; lower it, or take lora.sync=merged")
+        require(
+            self.engine.sleep_level < 2,
+            "engine.sleep_level",
+            "2 drops the weights, which lora.sync=adapter never sends; take 1, or lora.sync=merged",
+        )
 
     def _check_staleness(self) -> None:
         ahead, sleeps = self.max_staleness, getattr(self.engine, "sleep_level", 0) > 0

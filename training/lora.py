@@ -1,13 +1,20 @@
-"""Low-rank adapters by peft, and weights as everything outside training knows them: merged, with plain names."""
+"""Low-rank adapters by peft, and weights as everything outside training knows them: merged, with plain names.
+
+Engines take these too, or the adapter alone, in the folder that peft saves.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rollout.engines.weight_files import roomy_folder
+from rollout.errors import UserError
 from training.settings import LoraConfig
 from training.sharding import gathered, whole
 
@@ -78,3 +85,37 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if parameter.requires_grad:
             with gathered([parameter]):
                 yield name, whole(parameter)
+
+
+@contextlib.contextmanager
+def adapter_folder(model: Any) -> Iterator[Path]:
+    """The adapter as peft saves it, in shared memory where there is room; gone afterwards.
+
+    The other processes that hold a part of it must exhaust ``adapter_weights`` meanwhile.
+    """
+    weights = dict(adapter_weights(model))
+    with tempfile.TemporaryDirectory(prefix="turnstile-", dir=roomy_folder()) as folder:
+        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        yield Path(folder)
+
+
+def served_modules(model: Any) -> list[str]:
+    """The names of the layers with adapters, each once and without its path; refuses what vLLM cannot compute.
+
+    Embeddings and the head are left out although vLLM knows them: its prompt log-probs, which the gate reads, do not.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = base_model(model)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    head = base.get_output_embeddings()
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, layer in layers.items():
+        served = isinstance(layer.get_base_layer(), torch.nn.Linear) and layer is not head
+        names[served].add(name.rpartition(".")[2])
+    if names[False]:
+        raise UserError(
+            f"lora.target_modules: {', '.join(sorted(names[False]))} cannot have an adapter in the engine; "
+            "name linear layers inside the decoder, or take lora.sync=merged"
+        )
+    return sorted(names[True])

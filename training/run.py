@@ -24,6 +24,7 @@ from rollout.evaluation import evaluate, write_outcomes
 from training import build, checkpoint, layout, success_history, summary
 from training.config import TrainingConfig
 from training.device import give_memory_back
+from training.engine_sync import EngineSync
 from training.journal import Journal
 from training.models import load_policy
 from training.ranks import Ranks
@@ -80,10 +81,12 @@ class Run:
         self.model, self.tokenizer = build.make_policy_model(cfg, weights, adapter)
         probe_ids = build.probe_sequences(self.task, Chat(self.tokenizer), cfg.probe.sequences)
         if not ranks.leads:
-            self.sync = build.EngineSync(cfg, ranks, None, None, self.model, probe_ids)
+            self.sync = EngineSync(cfg, ranks, None, None, self.model, probe_ids)
             return
         start = self.resume or self.first
         settings = build.engine_settings(cfg, start, directory.path)
+        if cfg.sends_adapter:  # over the weights that it was trained over: a checkpoint's have it in them already
+            settings, start = build.with_adapter(cfg, settings, self.model), self.first
         with directory.timed("engine_start"), stage("engine start", 1, "engine") as shown:
             engine = build.make_engine(settings, start, directory.path / "engine.log")
             shown.update(1)
@@ -92,7 +95,7 @@ class Run:
         stack.callback(lambda: self.runner.call(engine.close(), cfg.engine.timeout_s, "the engine to stop"))
         self.policy = build.make_policy(cfg, engine_of_episodes, self.tokenizer)
         self.rollouts = build.make_rollouts(cfg, self.task, self.axes, self.runner, self.policy)
-        self.sync = build.EngineSync(cfg, ranks, self.runner, engine_of_episodes, self.model, probe_ids)
+        self.sync = EngineSync(cfg, ranks, self.runner, engine_of_episodes, self.model, probe_ids)
         self.journal = Journal(directory.path, self.tokenizer.decode)
         stack.callback(self.journal.flush)  # a step that failed is the one to look at
         self.sync.rest()  # an optimizer's states may have to be read first

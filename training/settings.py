@@ -30,15 +30,21 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters by peft; the checkpoint is merged, the adapter lies beside it."""
+    """Low-rank adapters by peft; the checkpoint is merged, the adapter lies beside it.
+
+    ``sync`` is what travels to the engine: every weight with the adapter merged in, which any engine takes and answers
+    from at full speed, or the ``adapter`` alone, which vLLM then computes beside each layer.
+    """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str = "all-linear"
+    sync: str = "merged"
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", f"{self.rank} must be at least 1")
+        require(self.sync in ("merged", "adapter"), "lora.sync", f"{self.sync!r} is not merged or adapter")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ class Engine(Protocol):
         """Load named tensors (transformers' names) and stamp later tokens with ``version``.
 
         Drops the prefix cache, unless the member's ``keep_cache`` says otherwise.
+        """
+
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """``update_weights`` by a low-rank adapter alone, over the weights that the engine was started with.
+
+        ``folder`` is one that peft saves, read before this returns; from then on the adapter answers every request.
+        vLLM members can, if they were started with ``adapter_arguments``.
         """
 
     async def pause(self, mode: PauseMode = "wait") -> None: ...

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
+from rollout.engines.adapter import KeptAdapter
 from rollout.engines.device_transfer import DeviceTransfer
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.router import Router, device_shares
@@ -68,6 +69,7 @@ class Fleet:
         self._state = threading.Lock()  # of members and router
         self._weights_lock = threading.Lock()  # held while weights are written, and by whoever starts on them
         self._weights: KeptWeights | None = None
+        self._adapter: KeptAdapter | None = None
         self._reference: dict[tuple[int, ...], list[float]] = {}  # scores at the last sync
         self._running: Counter[str] = Counter()  # calls of each program
         self._aborted: set[str] = set()
@@ -176,6 +178,13 @@ class Fleet:
         await self._each(lambda engine: engine.load(iter(weights.paths), version))
         self.version = version
 
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """The adapter is kept for members that are started anew: they are so without it."""
+        self._check()
+        await asyncio.to_thread(self._keep_adapter, folder, version)
+        await self._each(lambda engine: engine.load_adapter(folder, version))
+        self.version = version
+
     async def pause(self, mode: PauseMode = "wait") -> None:
         self._paused = mode
         await self._each(lambda engine: engine.pause(mode))
@@ -269,6 +278,12 @@ class Fleet:
             self._reference = {}
             return self._weights
 
+    def _keep_adapter(self, folder: Path, version: int) -> None:
+        with self._weights_lock:
+            self._check()
+            self._adapter = KeptAdapter(folder, version)
+            self._reference = {}
+
     def _lost(self, member: Member, engine: RemoteEngine, error: EngineDied) -> None:
         """The member's engine died: have it replaced, unless somebody else has said so already."""
         with self._state:
@@ -325,6 +340,9 @@ class Fleet:
         engine = member.engine
         assert engine is not None
         try:
+            if self._adapter is not None:
+                with self._adapter.folder() as folder:
+                    await engine.load_adapter(folder, self._adapter.version)
             for ids, expected in list(self._reference.items()):  # which grows meanwhile
                 difference = furthest(expected, await engine.score(list(ids)))
                 if difference > BOUNDS.get(self.config.dtype, math.inf):

@@ -91,6 +91,10 @@ class RemoteEngine(ABC):
         """Unless ``config.keep_cache``."""
 
     @abstractmethod
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        """Load an adapter, for all requests from now on."""
+
+    @abstractmethod
     async def _sleep(self, level: int) -> None: ...
 
     @abstractmethod
@@ -150,19 +154,35 @@ class RemoteEngine(ABC):
         """``update_weights`` from safetensors files, each of which lives until the next is asked for."""
         await self._call(self._watched(self._update(files, version)), f"weights of version {version} to load")
 
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """Freeze what runs, load, and let it go on: its later tokens carry the new version."""
+        what = f"the adapter of version {version} to load"
+        await self._call(self._watched(self._update_adapter(folder, version)), what)
+
     async def _update(self, files: Iterator[Path], version: int) -> None:
         await self._begin_update()
         while path := await asyncio.to_thread(next, files, None):
             await self._send_update({"path": str(path)})
         await self._end_update(version)
 
+    async def _update_adapter(self, folder: Path, version: int) -> None:
+        await self._freeze()
+        await self._load_adapter(folder, version)
+        await self._go_on(version)
+
     async def _begin_update(self) -> None:
-        if not self._paused:
-            await self._set_paused("keep")
+        await self._freeze()
         await self._start_update()
 
     async def _end_update(self, version: int) -> None:
         await self._finish_update(version)
+        await self._go_on(version)
+
+    async def _freeze(self) -> None:
+        if not self._paused:
+            await self._set_paused("keep")
+
+    async def _go_on(self, version: int) -> None:
         await self._drop_cache()
         if not self._paused:
             await self._set_paused(None)

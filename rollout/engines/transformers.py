@@ -137,6 +137,10 @@ class TransformersEngine(ThreadedEngine):
             written = 0 if state is None else len(state.to_generation_output().generated_tokens)
             running.spans.append((self.version, written))
 
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """Refused: every request of a batch is answered by the model's own weights."""
+        raise UserError("lora.sync: the transformers engine takes whole weights; take lora.sync=merged, or engine=vllm")
+
     def _sleep(self, level: int) -> None:
         """Memory stays where it is: transformers cannot give it back and take it again."""
 

@@ -2,8 +2,9 @@
 
 Generation goes through vLLM's ``/inference/v1/generate`` (sampling parameters and weight versions unchanged), the rest
 through the endpoints of ``VLLM_SERVER_DEV_MODE=1``. A server that is joined must be started like ours (``command``,
-with the variables of ``rollout.engines.vllm.variables`` and ``transfer_variables``) on a machine that shares /dev/shm
-with the trainer, or with ``engine.transfer=nccl`` on one that NCCL reaches (not run on GPU).
+with the variables of ``rollout.engines.vllm.variables`` and ``transfer_variables``, for adapters also ``ADAPTERS``) on
+a machine that shares /dev/shm with the trainer, or with ``engine.transfer=nccl`` on one that NCCL reaches (not run on
+GPU).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,14 +27,18 @@ from urllib.parse import quote
 
 from rollout.config import MIDDLEWARE, PROGRAM_SCHEDULER, VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.adapter import NAME
 from rollout.engines.device_transfer import transfer_variables
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.vllm import SCORING_FIELDS, engine_arguments, of_launcher, sampling_fields, variables
+from rollout.engines.vllm_plugin import ADAPTER_SERVER
+from rollout.engines.weight_files import roomy_folder
 from rollout.errors import EngineDied, UserError, WaitTimeout
 from rollout.scheduling.programs import LONGEST_NAME
 
 HOST = "127.0.0.1"
+ADAPTERS = {ADAPTER_SERVER: "1"}
 ABORT_PREFIX = "generate-tokens-"  # vLLM puts it before the request ids of this endpoint
 
 
@@ -50,6 +57,8 @@ class HttpEngine(RemoteEngine):
         super().__init__(config, model_dir, log_path, version)
         self._server: subprocess.Popen[bytes] | None = None
         self.url = config.url
+        self._model: str | None = None  # who answers: None is the model itself
+        self._link = (roomy_folder() or Path(tempfile.gettempdir())) / f"turnstile-{uuid.uuid4().hex}"
         if self.url is None:
             self.url, self._server = launch(config, model_dir, log_path, own)
         try:
@@ -89,6 +98,7 @@ class HttpEngine(RemoteEngine):
     async def _generate(self, request: Request, request_id: str) -> Generation:
         body = {
             "request_id": request_id,
+            "model": self._model,
             "token_ids": request.ids,
             "sampling_params": sampling_fields(request),
             "priority": request.priority,
@@ -113,7 +123,12 @@ class HttpEngine(RemoteEngine):
         )
 
     async def _score(self, ids: list[int], request_id: str) -> list[float]:
-        body = {"request_id": request_id, "token_ids": ids, "sampling_params": SCORING_FIELDS}
+        body = {
+            "request_id": request_id,
+            "model": self._model,
+            "token_ids": ids,
+            "sampling_params": SCORING_FIELDS,
+        }
         reply = await self._post("/inference/v1/generate", body)
         entries = reply["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
@@ -142,6 +157,16 @@ class HttpEngine(RemoteEngine):
 
     async def _finish_update(self, version: int) -> None:
         await self._post("/finish_weight_update", {"weight_version": str(version)})
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        self._link.symlink_to(folder)  # one path for all versions: vLLM's prefix cache tells adapters apart by it
+        try:
+            body = {"lora_name": NAME, "lora_path": str(self._link), "load_inplace": True}
+            await self._post("/v1/load_lora_adapter", body)
+        finally:
+            self._link.unlink()
+        await self._post("/update_weight_version", {"new_version": str(version)})
+        self._model = NAME
 
     async def _drop_cache(self) -> None:
         if not self.config.keep_cache:
@@ -175,7 +200,7 @@ class HttpEngine(RemoteEngine):
             raise UserError(f"engine.url: {self.url}{path} does not exist; start the server as {__name__} says")
         if reply.status >= 400:
             raise UserError(f"engine: vLLM refuses a request to {path}: {text[:300]}")
-        return json.loads(text) if text else None
+        return json.loads(text) if reply.content_type == "application/json" else None
 
     def _stop(self) -> None:
         with contextlib.suppress(AttributeError):  # the session is absent if the start failed before it
@@ -201,6 +226,8 @@ def command(config: VllmConfig, model_dir: str, port: int) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name == "lora_target_modules":
+            line += [f"--{flag}", *value]
         elif value is not None and value != {}:
             line += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return line
@@ -218,7 +245,9 @@ def launch(
     port = free_port(config.extra.get("port"))
     line = command(config, model_dir, port)
     kept = {name: value for name, value in os.environ.items() if not of_launcher(name)}
-    environment = kept | variables(log_path) | transfer_variables(config) | {"VLLM_SERVER_DEV_MODE": "1"} | own
+    adapters = ADAPTERS if config.extra.get("enable_lora") else {}
+    ours = variables(log_path) | transfer_variables(config) | adapters | {"VLLM_SERVER_DEV_MODE": "1"}
+    environment = kept | ours | own
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path is not None else None
         server = subprocess.Popen(

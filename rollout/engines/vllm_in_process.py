@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, vllm_plugin
+from rollout.engines.adapter import lora_request
 from rollout.engines.threaded import Running, ThreadedEngine
 from rollout.engines.vllm import (
     SCORING_FIELDS,
@@ -26,6 +27,7 @@ from rollout.scheduling.programs import RELEASE
 
 if TYPE_CHECKING:
     import torch
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _live = threading.Lock()  # vLLM keeps one set of process groups per process
@@ -54,6 +56,7 @@ class InProcessEngine(ThreadedEngine):
     def __init__(self, config: VllmConfig, model_dir: str, log_path: Path | None) -> None:
         self._model_dir = model_dir
         self._log_path = log_path
+        self._adapter: LoRARequest | None = None
         super().__init__(config, model_dir)
 
     def _open(self) -> None:
@@ -84,6 +87,7 @@ class InProcessEngine(ThreadedEngine):
             key,
             {"type": "token", "prompt_token_ids": running.ids},
             sampling_params(SCORING_FIELDS if request is None else sampling_fields(request)),
+            lora_request=self._adapter,
             priority=0 if request is None else request.priority,
             session_id=None if request is None else request.program_id,
         )
@@ -110,6 +114,20 @@ class InProcessEngine(ThreadedEngine):
 
     def _load(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
+        self._loaded(version)
+
+    async def load_adapter(self, folder: Path, version: int) -> None:
+        """Load between two steps; later tokens of running requests carry the new version."""
+
+        def load() -> None:
+            self._engine.add_lora(lora_request(folder))
+            self._adapter = lora_request()
+            self._loaded(version)
+            self.version = version
+
+        await self._ask(load, f"the adapter of version {version} to load")
+
+    def _loaded(self, version: int) -> None:
         if not self.config.keep_cache:
             self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(version))

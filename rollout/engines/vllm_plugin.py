@@ -1,4 +1,4 @@
-"""What this project changes inside a vLLM process that it started: weights on CPU that can be replaced.
+"""What this project changes inside a vLLM process that it started: weights on CPU that can be replaced, above all.
 
 vLLM on CPU repacks linear weights into closures and empties the parameters (``dispatch_cpu_unquantized_gemm``), so a
 later weight update reports success and leaves them stale. Here the weight stays and every product reads it.
@@ -15,9 +15,14 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 ACTIVE = "TURNSTILE_ENGINE"
 LOG = "TURNSTILE_ENGINE_LOG"
+ADAPTER_SERVER = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # vLLM's own; set where adapters come over HTTP
 TRANSFER = "turnstile_file"  # the name of our weight transfer back end in vLLM
 
 
@@ -34,6 +39,8 @@ def register() -> None:
     keep_weights()
     sample_eagerly()
     register_transfer()
+    if os.environ.get(ADAPTER_SERVER):
+        read_adapters_once()
 
 
 def keep_weights() -> None:
@@ -78,6 +85,25 @@ def sample_eagerly() -> None:
     for module, name in ((sampler, "batched_count_greater_than"), (topk_topp_sampler, "compiled_random_sample")):
         function = getattr(module, name)
         setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
+
+
+def read_adapters_once() -> None:
+    """Keep vLLM's server from reading an adapter anew at every step.
+
+    Its end point notes ``load_inplace`` for all later requests, whose every step then loads (vllm-project/vllm#33791).
+    """
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as Manager
+
+    apply = Manager._apply_adapters
+    if apply.__module__ == __name__:
+        return
+
+    def _apply_adapters(self: Manager, lora_requests: set[LoRARequest]) -> None:
+        for request in lora_requests:
+            request.load_inplace = False
+        apply(self, lora_requests)
+
+    Manager._apply_adapters = _apply_adapters
 
 
 def die_with_parent(owner: int) -> None:

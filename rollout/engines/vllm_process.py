@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode
+from rollout.engines.adapter import lora_request
 from rollout.engines.device_transfer import transfer_variables
 from rollout.engines.mailbox import Request
 from rollout.engines.remote import RemoteEngine
@@ -26,6 +27,7 @@ from rollout.scheduling.programs import RELEASE
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -42,6 +44,7 @@ class ProcessEngine(RemoteEngine):
     ) -> None:
         """``own``: environment variables of the engine's process alone."""
         super().__init__(config, model_dir, log_path, version)
+        self._adapter: LoRARequest | None = None
         # For good: a core that has them gives answers that only a client with them reads.
         os.environ.update(transfer_variables(config))
         try:
@@ -77,7 +80,7 @@ class ProcessEngine(RemoteEngine):
         session = {} if request is None else {"priority": request.priority, "session_id": request.program_id}
         prompt = {"type": "token", "prompt_token_ids": ids}
         try:
-            async for output in self._llm.generate(prompt, params, request_id, **session):
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter, **session):
                 if output.finished:
                     return output
         except EngineDeadError as error:
@@ -118,6 +121,12 @@ class ProcessEngine(RemoteEngine):
 
     async def _finish_update(self, version: int) -> None:
         await self._llm.finish_weight_update(str(version))
+
+    async def _load_adapter(self, folder: Path, version: int) -> None:
+        await self._alive()
+        await self._llm.add_lora(lora_request(folder))
+        await self._llm.update_weight_version(str(version))
+        self._adapter = lora_request()
 
     async def _drop_cache(self) -> None:
         if not self.config.keep_cache:

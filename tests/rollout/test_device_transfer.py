@@ -91,7 +91,7 @@ def follow(model_dir: Path, meeting: str, transfer: str) -> None:
 
     from rollout.engines import vllm_sender
     from tests.rollout.cuda_stand_in import stand_in
-    from training.build import EngineSync
+    from training.engine_sync import EngineSync
     from training.ranks import Ranks
 
     stand_in(setattr, "GPU-1")
