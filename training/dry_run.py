@@ -57,7 +57,7 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
         adapter_bytes=adapter,
         autocast=bool(cfg.trainer.get("bf16")) and not deepspeed and strategy != "fsdp",
         masked=_masked(cfg),
-        checkpointing=bool(cfg.trainer.get("gradient_checkpointing")),
+        checkpointing=bool(cfg.trainer.get("gradient_checkpointing", True)),  # on by itself where there are GPUs
         max_tokens=cfg.batch.max_tokens,
         reference=cfg.kl.coef > 0,
         engine=EnginePlan(
@@ -68,6 +68,7 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
             tensor_parallel=cfg.engine.tensor_parallel_size,
             replicas=cfg.engine.replicas,
             own_gpus=own_gpus,
+            sleeps=cfg.engine.sleep_level > 0,
         ),
         prompts=cfg.batch.prompts,
         samples=getattr(cfg.budget, "samples", 1),
@@ -228,6 +229,8 @@ def _changes(p: PlanInput, phase: str) -> Iterator[tuple[PlanInput, str]]:
             devices = ",".join(map(str, range(left, p.gpus)))
             text = f"give the engine GPUs of its own (engine.replicas={replicas} engine.devices=[{devices}])"
             yield replace(p, engine=own, processes=left), f"{text} and train with {left} processes"
+    if phase == "training" and p.engine.shares and not p.engine.sleeps:
+        yield replace(p, engine=replace(p.engine, sleeps=True)), "let the engine sleep meanwhile (engine.sleep_level=2)"
     if not p.checkpointing:
         yield replace(p, checkpointing=True), "add ++trainer.gradient_checkpointing=true"
     if phase == "training":

@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """``replicas`` of vLLM. ``own_gpus``: how many of its GPUs train nothing; it sleeps on others while they train."""
+    """``replicas`` of vLLM. ``own_gpus``: how many of its GPUs train nothing; on others it may sleep while they train."""
 
     element_bytes: int
     utilization: float
@@ -59,6 +59,7 @@ class EnginePlan:
     tensor_parallel: int = 1
     replicas: int = 1
     own_gpus: int = 0
+    sleeps: bool = True
 
     @property
     def gpus(self) -> int:
@@ -331,13 +332,16 @@ def engine_work(p: PlanInput) -> int:
 def plan(p: PlanInput) -> Plan:
     """Bytes per GPU of every phase, and how a step is cut. Refuses nothing: see ``check``."""
     states = model_states(p)
-    reference = {"reference": states["weights"]} if p.reference and not p.shape.adapter else {}
+    whole = p.shape.parameters * p.weight_bytes  # on every GPU
+    reference = {"reference": whole} if p.reference and not p.shape.adapter else {}
     critic = None if p.critic is None else replace(p, shape=p.critic, critic=None)
     value_states = {} if critic is None else model_states(critic)
     value_model = {"critic": value_states["weights"] + value_states["optimizer"]} if value_states else {}
     resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference, **value_model}
     steps = [p] if critic is None else [p, critic]  # of an update, one after the other
     shared = p.engine.shares
+    engine_total = int(p.engine.utilization * p.memory)
+    meanwhile = {"engine asleep": ENGINE_ASLEEP} if p.engine.sleeps else {"engine awake": engine_total}
     training = Phase(
         "training",
         {
@@ -347,11 +351,10 @@ def plan(p: PlanInput) -> Plan:
             "kept activations": max(map(kept_activations, steps)),
             **({"attention mask": mask(p)} if p.masked else {}),
             "layer or head at work": max(head_work(p), *map(layer_work, steps), *map(forward_work, steps)),
-            **({"engine asleep": ENGINE_ASLEEP} if shared else {}),
+            **(meanwhile if shared else {}),
             "reserve": RESERVE,
         },
     )
-    engine_total = int(p.engine.utilization * p.memory)
     cache = engine_total - engine_weights(p) - engine_work(p)
     engine = {
         "engine weights": engine_weights(p),

@@ -47,7 +47,8 @@ def execute(cfg: TrainingConfig, composed: Any, run_dir: Path, start: float) -> 
     transformers.utils.logging.set_verbosity_error()
     with ExitStack() as stack:
         ranks = Ranks(cfg.process_timeout_s)
-        stack.callback(ranks.close)
+        # NCCL's part of leaving waits for all ranks: not after an error, when the others wait for something else.
+        stack.push(lambda error, *_: ranks.close() if error is None or not torch.cuda.is_available() else None)
         directory = RunDirectory(Path(ranks.agree(str(run_dir))), writes=ranks.leads)
         if ranks.leads:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory.path / "tensorboard")

@@ -10,7 +10,7 @@ from rollout.errors import UserError
 from rollout.hydra import conf_dir, to_object
 from training import config
 from training.dry_run import dry_run, plan_input
-from training.memory import plan
+from training.memory import GIB, plan
 
 RECIPES = ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100", "qwen3_8b_tppo_8xh100"]
 
@@ -73,6 +73,13 @@ def test_a_remedy_works(recipe, change, remedy):
     assert found, refused.value
     overrides = [change] if found[1].strip("+") not in change else []
     dry_run(settings(f"experiment={recipe}", *overrides, f"{found[1]}={found[2]}"))
+
+
+def test_an_engine_that_stays_awake_on_the_trainers_gpus_is_counted() -> None:
+    awake = settings("experiment=qwen3_8b_grpo_8xh100", "engine.sleep_level=0")
+    assert plan(plan_input(awake)).phases[1].parts["engine awake"] == int(0.7 * 80 * GIB)
+    with pytest.raises(UserError, match=r"training: needs .* engine awake, 56\.0 GiB\); let the engine sleep"):
+        dry_run(awake)
 
 
 def test_an_engine_without_room_for_one_sequence_is_refused():
