@@ -13,7 +13,7 @@ PURE := hydra_plugins/local_gpus benchmarks/report.py rollout/tools rollout/task
 		weights.py engines/__init__.py engines/adapter.py engines/router.py) \
 	$(addprefix rollout/scheduling/,programs.py policy.py policies.py turnstile.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
 		metrics.py plots.py costs.py workloads.py traces.py results.py) \
-	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py episode_record.py estimates.py flops.py head.py knapsack.py \
+	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py episode_record.py estimates.py flops.py head.py knapsack.py layout.py \
 		losses.py members.py memory.py objective.py packing.py prompts.py selection.py settings.py population.py success_history.py \
 		sweep.py timing.py report rewards)
 

@@ -1,6 +1,6 @@
 """``python -m tests.training.full_disk RANK STEP OVERRIDE …``: training whose disk fills up in a save.
 
-From the save of ``STEP`` on process ``RANK`` can write no file above 4 kB: what a full disk does to a save.
+In saves from ``STEP`` on process ``RANK`` can write no file above 4 kB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def main() -> None:
         def limited(self: RolloutTrainer, *given: Any) -> None:
             if self.state.global_step >= int(step):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, resource.RLIM_INFINITY))
-            save(self, *given)
+            try:
+                save(self, *given)
+            finally:  # else it could not say what happened: its output may be a file too
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         RolloutTrainer._save_checkpoint = limited  # type: ignore[method-assign]
     from training.__main__ import main
