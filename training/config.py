@@ -193,6 +193,8 @@ class TrainingConfig:
             return
         vllm = isinstance(self.engine, VllmConfig)
         require(vllm, "lora.sync", "adapter: only vLLM computes adapters; take lora.sync=merged, or engine=vllm")
+        way = self.engine.transfer
+        require(way == "file", "engine.transfer", f"{way}: lora.sync=adapter sends a file; leave it at file")
         rank, most = self.lora.rank, RANKS[-1]
         require(rank <= most, "lora.rank", f"{rank}: vLLM takes at most {most}; lower it, or take lora.sync=merged")
         require(

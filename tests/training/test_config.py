@@ -49,6 +49,7 @@ REFUSED = {
     "lora=lora lora.sync=both": "lora.sync: 'both' is not merged or adapter",
     "lora=lora lora.sync=adapter lora.rank=513": "lora.rank: 513: vLLM takes at most 512; lower it, or take lora.sync=",
     "lora=lora lora.sync=adapter engine.sleep_level=2": "engine.sleep_level: 2 drops the weights, which lora.sync=ad",
+    "lora=lora lora.sync=adapter engine=vllm_process engine.restarts=0 engine.transfer=ipc": "engine.transfer: ipc: ",
     "lora=lora lora.sync=adapter engine=transformers": "lora.sync: adapter: .*; take lora.sync=merged, or engine=vllm",
     "warm_start=sft warm_start.steps=0": "warm_start.steps: 0 must be at least 1; warm_start=none skips it",
     "warm_start=sft warm_start.optimizer=sgd": "warm_start.optimizer: 'sgd' is not adamw_torch or muon",
