@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """``replicas`` of vLLM. ``own_gpus``: how many of its GPUs train nothing; elsewhere it may sleep while they train."""
+    """``replicas`` of vLLM. ``own_gpus``: so many of its GPUs train nothing; on others it may sleep meanwhile."""
 
     element_bytes: int
     utilization: float
