@@ -7,6 +7,7 @@ vLLM's data-parallel mode gives one address too, but no affinity, and it ends as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -127,11 +128,12 @@ class Router:
             if not streams:
                 return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=first)
             answer = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
-            await answer.prepare(request)
-            await answer.write(first)
-            async for chunk in _rest(upstream, replica):
-                await answer.write(chunk)
-            await answer.write_eof()
+            with contextlib.suppress(ConnectionResetError):  # the client has left, and nobody is told
+                await answer.prepare(request)
+                await answer.write(first)
+                async for chunk in _rest(upstream, replica):
+                    await answer.write(chunk)
+                await answer.write_eof()
             return answer
 
     async def _page(self, replica: Replica) -> str:

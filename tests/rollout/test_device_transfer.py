@@ -98,7 +98,8 @@ def follow(model_dir: Path, meeting: str, transfer: str) -> None:
     vllm_sender.CHUNK_BYTES = CHUNK
     model = sharded(model_dir, meeting, 1)
     engine = SimpleNamespace(dtype="float32", timeout_s=120.0, transfer=transfer)
-    cfg = SimpleNamespace(probe=SimpleNamespace(bound=None), model=SimpleNamespace(dtype="float32"), engine=engine)
+    parts = {"probe": SimpleNamespace(bound=None), "model": SimpleNamespace(dtype="float32"), "engine": engine}
+    cfg = SimpleNamespace(**parts, sends_adapter=False)
     part = EngineSync(cfg, Ranks(), None, None, model, IDS)
     for version in VERSIONS:
         moved(model, version)
@@ -106,7 +107,7 @@ def follow(model_dir: Path, meeting: str, transfer: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
+@pytest.mark.parametrize("transfer", ["nccl", pytest.param("ipc", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["process", pytest.param("http", marks=pytest.mark.slow)])
 def test_a_sharded_trainer_brings_every_engine_to_its_weights(
     transfer: str, mode: str, cuda: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path, run: Loop
