@@ -73,11 +73,6 @@ class VllmConfig:
             f"this process holds one engine, not {self.replicas}; take engine=vllm_process",
         )
         require(
-            self.replicas == 1 or "port" not in self.extra,
-            "engine.extra.port",
-            "several servers cannot share one; leave it out, and each takes a free one",
-        )
-        require(
             self.replicas == 1 or self.url is None,
             "engine.replicas",
             "the server at engine.url is one; leave the url out to start several",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.benchmarks.test_engine_benchmarks import quick
 
 
+@pytest.mark.slow
 def test_server_sessions(tmp_path: Path) -> None:
     figures = quick("server_sessions", tmp_path)
     assert figures["requests"] > 0

@@ -26,7 +26,7 @@ REFUSED = {
     "limits.max_new_tokens=512": "limits.max_new_tokens: 512 leaves no room for a prompt in engine.max_model_len=512",
     "max_staleness=-1": "max_staleness: -1 must not be negative",
     "max_staleness=2 engine.sleep_level=1": "max_staleness: 2 plays while it trains, so the engine cannot sleep",
-    "engine=vllm_http engine.replicas=2 +engine.extra.port=8001": "engine.extra.port: several servers cannot share one",
+    "engine=vllm_http engine.replicas=2 +engine.extra.port=8001": "engine.extra.port: the replicas cannot share it",
     "engine.sleep_level=3": "engine.sleep_level: 3 is not 0, 1 or 2",
     "algorithm=tppo engine.sleep_level=1 engine.keep_cache=true": "engine.keep_cache: .* gives up its cache; leave",
     "max_staleness=1": "correction: max_staleness=1 trains on an older policy's episodes; add correction=tis",

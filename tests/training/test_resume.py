@@ -32,7 +32,12 @@ def settings(algorithm: str, run_dir: Path) -> list[str]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("algorithm", "most"), [("grpo_token", 5), pytest.param("tppo", 10, marks=pytest.mark.slow), ("tppo", 2)]
+    ("algorithm", "most"),
+    [
+        pytest.param("grpo_token", 5, marks=pytest.mark.slow),
+        pytest.param("tppo", 10, marks=pytest.mark.slow),
+        ("tppo", 2),
+    ],
 )
 def test_kills_leave_the_same_weights(tmp_path: Path, algorithm: str, most: int) -> None:
     processes = context()

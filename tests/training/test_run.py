@@ -128,7 +128,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+# Their parts are in the others too, or have tests of their own.
+SLOW = ("ppo", "partial", "over-provisioned", "tokens", "budgets of windows", "economy in windows")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_every_way_to_play_and_to_judge_trains_and_goes_on(way: str, tmp_path: Path) -> None:
     judged = any(setting.startswith("algorithm=") for setting in WAYS[way])
     critic = ["critic.warmup_rounds=2", "critic.optimizer.learning_rate=0.01"] if judged else []
