@@ -6,17 +6,6 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PYTHON
 
-# Pure arithmetic, data and configuration: typed.
-PURE := hydra_plugins/local_gpus benchmarks/report.py rollout/tools rollout/tasks \
-	$(addprefix serving/,affinity.py config.py parsers.py plan.py replica_metrics.py) \
-	$(addprefix rollout/,activity.py agent.py buffer.py chat.py config.py environment.py episode.py errors.py hydra.py reasoning.py \
-		weights.py engines/__init__.py engines/adapter.py engines/router.py) \
-	$(addprefix rollout/scheduling/,programs.py policy.py policies.py turnstile.py latency.py tool_names.py prefixes.py rebuild.py options.py counters.py \
-		metrics.py plots.py costs.py workloads.py traces.py results.py) \
-	$(addprefix training/,advantages.py aggregation.py budgets.py config.py corrections.py dry_run.py episode_record.py estimates.py flops.py head.py knapsack.py layout.py \
-		losses.py members.py memory.py objective.py packing.py prompts.py selection.py settings.py population.py success_history.py \
-		sweep.py timing.py report rewards)
-
 # One thread each: on small models more threads are slower, and the shared engine has threads of its own. No network in tests.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_CPU_OMP_THREADS_BIND=nobind \
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 DS_ACCELERATOR=cpu
@@ -34,7 +23,7 @@ quickstart: $(STAMP)
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy $(PURE)
+	@$(RUN) -m mypy training rollout serving hydra_plugins benchmarks
 
 test: lint
 	@$(TEST_ENV) $(RUN) -m pytest -m "not slow"

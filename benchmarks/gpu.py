@@ -100,9 +100,13 @@ def stored(report: Report, store: Path, arms: dict[str, dict[str, Any]]) -> Iter
         if not path.exists():
             try:
                 last = run_arm("gpu", json.dumps(settings), timeout_s=300.0)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            except subprocess.CalledProcessError as error:
                 failed += 1
-                report.console.print(f"{name}: {str(error).rsplit('}', 1)[-1]}", style="red", markup=False)
+                report.console.print(f"{name} ended with {error.returncode}; why stands above", style="red")
+                continue
+            except subprocess.TimeoutExpired as error:
+                failed += 1
+                report.console.print(f"{name} was not done after {error.timeout:.0f} s", style="red")
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(last)

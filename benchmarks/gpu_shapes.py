@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.memory import PlanInput, Shape
+from training.memory import PlanInput
+from training.model_shape import Shape
+
+if TYPE_CHECKING:
+    from training.stream import StepBatch
 
 # config.json of the Qwen3 models (arXiv 2505.09388), and of one small enough for a smoke run
 COMMON = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
@@ -130,9 +134,11 @@ def run(arm: Arm) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
     from transformers.utils import logging
 
-    from training import build, memory
+    from training import build
     from training.head import attach_head
     from training.lora import add_adapter
+    from training.memory_plan import plan
+    from training.ranks import Ranks
 
     logging.set_verbosity_error()
     cfg = configuration(arm)
@@ -165,11 +171,11 @@ def run(arm: Arm) -> dict[str, Any]:
         return time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build.make_trainer(cfg, Path(folder), model, None, None, [Timed()])  # type: ignore[arg-type]
-        trainer.stream = step_batches(arm)  # type: ignore[assignment]
+        trainer = build.make_trainer(cfg, Path(folder), model, None, None, [Timed()], Ranks())  # type: ignore[arg-type]
+        trainer.steps = step_batches(arm)
         trainer.train()
     inputs = plan_of(cfg)
-    parts = memory.plan(inputs).phases[1].parts
+    parts = plan(inputs).phases[1].parts
     return {
         "seconds": float(np.mean(seconds[1:])),
         "tokens": MICRO_BATCHES * arm.tokens,
@@ -183,7 +189,7 @@ def run(arm: Arm) -> dict[str, Any]:
     }
 
 
-def step_batches(arm: Arm) -> Iterator[dict[str, Any]]:
+def step_batches(arm: Arm) -> Iterator[StepBatch]:
     """Endless steps of random tokens: sequences of one length, all but the first token the policy's own."""
     from training.packing import TrainSequence, pack
 

@@ -116,7 +116,8 @@ def work(kind: str, batch: int, length: int) -> Work:
 
 def own_roofline(architecture: str, **changes: float) -> Roofline:
     """The preset's machine with this model's own bytes and FLOPs in bfloat16; the embedding is only looked up."""
-    from training.memory import build_shape, kv_bytes_per_token
+    from training.memory import kv_bytes_per_token
+    from training.model_shape import build_shape
 
     s = build_shape(ARCHITECTURES[architecture])
     n = s.parameters - (0 if s.tied else s.vocabulary * s.hidden)

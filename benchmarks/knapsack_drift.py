@@ -91,7 +91,8 @@ def run(population: Population, arm: str, seed: int) -> tuple[np.ndarray, float,
     order = np.random.default_rng([seed, 1])
     budget = ARMS[arm](population.samples)
     epoch = population.prompts * population.samples
-    curve, spent, used, effective, largest = [], 0, 0, 0, 0
+    curve: list[float] = []
+    spent, used, effective, largest = 0, 0, 0, 0
     queue: list[int] = []
     visit = 0
     while spent < population.epochs * epoch:

@@ -43,7 +43,7 @@ def by_class(found: dict[str, Outcome], value: Callable[[str, Outcome], float]) 
 
 def figures_by_class(found: dict[str, Outcome], measures: Sequence[str]) -> dict[str, float]:
     """Each measure's ``by_class``, with its 95% interval (normal) as ``_low`` and ``_high``."""
-    figures = {}
+    figures: dict[str, float] = {}
     for measure in measures:
         parts = _classes(found, lambda question, outcome, measure=measure: outcome[measure])
         middle = float(np.mean([np.mean(part) for part in parts]))

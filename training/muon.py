@@ -12,7 +12,8 @@ class Muon(torch.optim.Optimizer):
     """torch.optim.Muon on every matrix but embeddings and head; torch.optim.AdamW on those and on vectors."""
 
     def __init__(self, model: torch.nn.Module, lr: float, adam_lr: float) -> None:
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             outer = "embed" in name or "lm_head" in name
             (others if parameter.ndim != 2 or outer else matrices).append(parameter)

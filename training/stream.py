@@ -137,7 +137,7 @@ class RolloutStream:
         played = self.rollouts.play(version)
         elapsed = time.monotonic() - synced
         metrics = round_metrics(played) | staleness(played.kept, version)
-        metrics |= rollout_seconds(before, activity.seconds(), elapsed, ahead=self.rollouts.ahead)
+        metrics |= rollout_seconds(before, activity.seconds(), elapsed, ahead=self.rollouts.ahead > 0)
         metrics["time/sync"] = synced - start
         if not self.rollouts.ahead:  # else it was played while the trainer worked, and this is only what was waited for
             metrics["rollout/tokens_per_second"] = played.tokens / elapsed

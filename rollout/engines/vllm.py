@@ -34,7 +34,8 @@ def build(config: VllmConfig, model_dir: str, *, log_path: Path | None = None) -
         from rollout.engines.vllm_in_process import InProcessEngine
 
         return InProcessEngine(config, model_dir, log_path)
-    from rollout.engines.fleet import Fleet, member_class
+    from rollout.engines.fleet import Fleet
+    from rollout.engines.member import member_class
 
     # A server that runs already is its owner's to start again.
     alone = config.url is not None or (config.replicas == 1 and config.restarts == 0 and config.devices is None)
@@ -130,7 +131,7 @@ def environment(log_path: Path | None, own: Mapping[str, str] = MappingProxyType
     Afterwards everything is as before, also what vLLM set for workers of its own (LOCAL_WORLD_SIZE, LD_PRELOAD, …): it
     would mislead the trainer and its children. What vLLM reads later in this process (VLLM_…) stays.
     """
-    wanted = variables(log_path) | own
+    wanted = {**variables(log_path), **own}
     with _starting, environment_kept(wanted):
         for name in [*filter(of_launcher, os.environ)]:
             del os.environ[name]

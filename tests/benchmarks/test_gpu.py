@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import gpu_shapes, gpu_steps
 
@@ -57,6 +58,13 @@ def test_the_fit_finds_the_machine_that_made_the_steps(missing: str) -> None:
     if missing == "nothing":
         assert fitted.peak == pytest.approx(machine.peak)
     assert gpu_steps.errors(fitted, times).max() < 1e-6
+
+
+@pytest.mark.parametrize("arm", gpu_shapes.QUICK)
+def test_a_shape_takes_its_steps(arm: str) -> None:
+    result = gpu_shapes.run(gpu_shapes.QUICK[arm])
+    assert result["seconds"] > 0 and result["tokens"] == 256
+    assert (result["measured"] is None) == (not torch.cuda.is_available())
 
 
 def test_flops_of_a_token_are_those_of_the_weights_that_multiply_it() -> None:
