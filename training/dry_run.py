@@ -15,7 +15,9 @@ from rollout.engines.router import device_shares
 from rollout.errors import UserError
 from training import layout, memory
 from training.config import TrainingConfig
-from training.memory import GIB, EnginePlan, Phase, Plan, PlanInput, Strategy
+from training.memory import GIB, EnginePlan, PlanInput, Strategy
+from training.memory_plan import Phase, Plan, plan
+from training.model_shape import build_shape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +27,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def dry_run(cfg: TrainingConfig) -> None:
     """Print the plan of a run; raises UserError, after printing, if it does not fit. Loads no weights."""
-    made = memory.plan(plan_input(cfg))
+    made = plan(plan_input(cfg))
     report(made)
     check(made)
 
@@ -44,8 +46,8 @@ def plan_input(cfg: TrainingConfig) -> PlanInput:
     trained = weights if lora is None else adapter
     own_gpus, processes = _placement(cfg.engine, cfg.node.gpus, os.environ)
     return PlanInput(
-        shape=memory.build_shape(_architecture(cfg), lora=lora),
-        critic=None if cfg.critic is None else memory.build_shape(_critic_architecture(cfg)),
+        shape=build_shape(_architecture(cfg), lora=lora),
+        critic=None if cfg.critic is None else build_shape(_critic_architecture(cfg)),
         strategy=strategy,
         gpus=cfg.node.gpus,
         memory=int(cfg.node.gpu_memory_gib * GIB),
@@ -174,7 +176,7 @@ def report(made: Plan, console: Console | None = None) -> None:
     full = max(made.kv_tokens, 0) // p.engine.max_model_len
     batch.add_row("sequences of full length in it", f"{min(full, p.engine.max_num_seqs):,}")
     console.print(batch)
-    console.print("An estimate from formulas (training/memory.py); not run on GPU.")
+    console.print("An estimate from formulas (training/memory_plan.py); not run on GPU.")
 
 
 def _gib(size: int | None) -> str:
@@ -208,7 +210,7 @@ def check(made: Plan) -> None:
 def _remedy(p: PlanInput, phase: Phase) -> str:
     """The least change that makes this phase fit."""
     for changed, text in _changes(p, phase.name):
-        made = memory.plan(changed)
+        made = plan(changed)
         same = next(other for other in made.phases if other.name == phase.name)
         if same.total <= p.memory and made.kv_tokens >= p.engine.max_model_len:
             return text

@@ -1,20 +1,18 @@
-"""What a run needs of each GPU, in bytes, before anything is downloaded or started.
+"""Bytes that each part of a run takes of a GPU: arithmetic over a model's ``Shape`` and a run's settings.
 
-Parameters are counted on the meta device; everything else is arithmetic over their numbers. Not run on GPU: kernels,
-allocator and NCCL are covered by a flat ``RESERVE``. T is tokens of a micro-batch, b bytes of a compute element.
+T is tokens of a micro-batch, b bytes of a compute element.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from rollout.errors import UserError
+from training.model_shape import Shape
 
 GIB = 2**30
 FLOAT32 = 4
-RESERVE = 4 * GIB  # CUDA context, NCCL buffers, workspaces of matrix products, fragmentation
 ENGINE_ASLEEP = 2 * GIB  # what vLLM keeps of a GPU in sleep: its CUDA context, NCCL and captured graphs
 # trl.kernels.chunked_logprob: the head's tile of logits, in tokens and vocabulary entries
 HEAD_TILE = (4096, 32768)
@@ -22,30 +20,6 @@ HEAD_TILE = (4096, 32768)
 ZERO3_LIVE = 10**9
 
 Strategy = Literal["replicated", "zero1", "zero2", "zero3", "fsdp"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A dense decoder's numbers. ``parameters`` counts a tied head once; ``adapter`` is LoRA's own, 0 without it."""
-
-    hidden: int
-    layers: int
-    query: int  # heads × head_dim
-    key: int  # key-value heads × head_dim
-    heads: int
-    mlp: int
-    vocabulary: int
-    qk_norm: bool
-    parameters: int
-    layer_parameters: int
-    adapter: int = 0
-    rank: int = 0
-    tied: bool = False
-
-    @property
-    def layer_matrices(self) -> int:
-        """Parameters of a layer's linears: all but the gains of its norms."""
-        return self.layer_parameters - 2 * self.hidden - (2 * self.query // self.heads if self.qk_norm else 0)
 
 
 @dataclass(frozen=True)
@@ -115,71 +89,6 @@ class PlanInput:
     def residual_bytes(self) -> int:
         """Of an element of the residual stream: the embedding's, which autocast leaves alone."""
         return self.weight_bytes if self.autocast else self.compute_bytes
-
-
-@dataclass
-class Phase:
-    """What stands side by side in one GPU's memory, by name, in bytes."""
-
-    name: str
-    parts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass
-class Plan:
-    inputs: PlanInput
-    phases: list[Phase]
-    kv_cache: int  # bytes per engine GPU
-    kv_tokens: int  # tokens that one engine replica holds
-    batch: dict[str, int]
-
-
-def build_shape(architecture: dict[str, Any], *, lora: dict[str, Any] | None = None) -> Shape:
-    """Count a model of this ``config.json`` on the meta device; ``lora`` holds peft.LoraConfig's keywords.
-
-    Raises UserError for an unknown ``model_type`` and for mixtures of experts, which these formulas do not cover.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.for_model(**architecture)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"model.architecture: {str(error).splitlines()[0]}; give the numbers of config.json") from error
-    if getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0):
-        raise UserError("dry_run: plans dense models only, this one has experts; run without dry_run=true")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        total = sum(p.numel() for p in model.parameters())
-        names = {name for name, _ in model.named_parameters()}
-        layer = sum(p.numel() for name, p in model.named_parameters() if ".layers.0." in name)
-        adapter = 0
-        if lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-            adapter = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        query=heads * head_dim,
-        key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
-        heads=heads,
-        mlp=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        qk_norm=any(".q_norm." in name for name in names),
-        parameters=total,
-        layer_parameters=layer,
-        adapter=adapter,
-        rank=lora["r"] if lora else 0,
-        tied=bool(config.tie_word_embeddings),
-    )
 
 
 def trainable(shape: Shape) -> int:
@@ -327,57 +236,3 @@ def engine_weights(p: PlanInput) -> int:
 def engine_work(p: PlanInput) -> int:
     """vLLM's own working memory: float32 logits of a full batch with a sorted copy, and ``ENGINE_ASLEEP``."""
     return 2 * FLOAT32 * p.engine.max_num_seqs * p.shape.vocabulary + ENGINE_ASLEEP
-
-
-def plan(p: PlanInput) -> Plan:
-    """Bytes per GPU of every phase, and how a step is cut. Refuses nothing: see ``check``."""
-    states = model_states(p)
-    whole = p.shape.parameters * p.weight_bytes  # on every GPU
-    reference = {"reference": whole} if p.reference and not p.shape.adapter else {}
-    critic = None if p.critic is None else replace(p, shape=p.critic, critic=None)
-    value_states = {} if critic is None else model_states(critic)
-    value_model = {"critic": value_states["weights"] + value_states["optimizer"]} if value_states else {}
-    resting = {"weights": states["weights"], "optimizer": states["optimizer"], **reference, **value_model}
-    steps = [p] if critic is None else [p, critic]  # of an update, one after the other
-    shared = p.engine.shares
-    engine_total = int(p.engine.utilization * p.memory)
-    meanwhile = {"engine asleep": ENGINE_ASLEEP} if p.engine.sleeps else {"engine awake": engine_total}
-    training = Phase(
-        "training",
-        {
-            **resting,
-            "gradients": max(states["gradients"], value_states.get("gradients", 0)),
-            "gathered weights": max(map(gathered, steps)),
-            "kept activations": max(map(kept_activations, steps)),
-            **({"attention mask": mask(p)} if p.masked else {}),
-            "layer or head at work": max(head_work(p), *map(layer_work, steps), *map(forward_work, steps)),
-            **(meanwhile if shared else {}),
-            "reserve": RESERVE,
-        },
-    )
-    cache = engine_total - engine_weights(p) - engine_work(p)
-    engine = {
-        "engine weights": engine_weights(p),
-        "engine at work": engine_work(p),
-        "KV cache": max(cache, 0),
-    }
-    rollouts = Phase("rollouts", {**resting, **engine, "reserve": RESERVE} if shared else engine)
-    each = kv_bytes_per_token(p.shape, p.engine.element_bytes)
-    return Plan(p, [rollouts, training], cache, cache * p.engine.tensor_parallel // each, batch_plan(p))
-
-
-def batch_plan(p: PlanInput) -> dict[str, int]:
-    """How a step is cut, if every episode is as long as the engine allows: fewer tokens give fewer micro-batches."""
-    episodes = p.prompts * p.samples
-    tokens = episodes * p.engine.max_model_len
-    per_row = max(1, p.max_tokens // p.engine.max_model_len)
-    episodes_per_update = math.ceil(math.ceil(p.prompts / p.minibatches) * p.samples / p.trainers)
-    return {
-        "prompts a step": p.prompts,
-        "episodes a step": episodes,
-        "tokens a step, at most": tokens,
-        "optimizer steps a step": p.minibatches * p.epochs,
-        "micro-batches an optimizer step and process, at most": math.ceil(episodes_per_update / per_row),
-        "engine replicas": p.engine.replicas,
-        "episodes at once, at most": min(episodes, p.engine.replicas * p.engine.max_num_seqs),
-    }

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,30 +20,18 @@ from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.adapter import KeptAdapter
 from rollout.engines.device_transfer import DeviceTransfer
+from rollout.engines.member import Member, in_thread, member_class, member_devices, member_variables, numbered
 from rollout.engines.remote import RemoteEngine
-from rollout.engines.router import Router, device_shares
+from rollout.engines.router import Router
 from rollout.engines.weight_files import KeptWeights
 from rollout.errors import EngineDied
-from rollout.scheduling.files import VARIABLES, with_own_port
+from rollout.scheduling.files import with_own_port
 from rollout.weights import BOUNDS, SyncMismatch, Weights, furthest
 
 if TYPE_CHECKING:
     import torch
 
 DRAIN_S = 5.0  # for the calls of a dead engine to hear of its death
-
-
-@dataclass
-class Member:
-    """One replica. ``own``: its environment variables. ``replacing``: set while it is down, done when it is up."""
-
-    index: int
-    log_path: Path | None
-    own: dict[str, str]
-    engine: RemoteEngine | None = None
-    replacing: Future[None] | None = None
-    deaths: int = 0
-    past: Counter[str] = field(default_factory=Counter)  # counts of its engines that died
 
 
 class Fleet:
@@ -355,55 +341,3 @@ class Fleet:
         except BaseException:
             await engine.close()
             raise
-
-
-def member_class(config: VllmConfig) -> Callable[..., RemoteEngine]:
-    """The engine in a process of its own that ``config.mode`` names."""
-    if config.mode == "process":
-        from rollout.engines.vllm_process import ProcessEngine
-
-        return ProcessEngine
-    from rollout.engines.vllm_http import HttpEngine
-
-    return HttpEngine
-
-
-def member_devices(config: VllmConfig) -> list[tuple[str, ...]] | None:
-    """The devices of each replica; None leaves the choice to vLLM. Not run on GPU."""
-    import torch
-
-    if config.devices is None and (config.replicas == 1 or not torch.cuda.is_available()):
-        return None
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    return device_shares(config.replicas, config.tensor_parallel_size, config.devices, visible)
-
-
-def member_variables(index: int, devices: tuple[str, ...] | None) -> dict[str, str]:
-    """What a member's process finds in its environment and the others do not: devices, and files of its scheduler."""
-    own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
-    metrics = os.environ.get(VARIABLES["metrics_path"])
-    if index > 0 and metrics:
-        own[VARIABLES["metrics_path"]] = str(numbered(Path(metrics), index))
-    if index > 0:  # the first one's tool latencies, of its share of the episodes, stand for all
-        own[VARIABLES["save_latencies"]] = ""
-    return own
-
-
-def numbered(path: Path, index: int) -> Path:
-    """``engine.log`` → ``engine-1.log``."""
-    return path.with_name(f"{path.stem}-{index}{path.suffix}")
-
-
-def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Run on a thread that nobody waits for at the interpreter's end."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=function.__name__, daemon=True).start()
-    return future

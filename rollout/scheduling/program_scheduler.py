@@ -26,18 +26,18 @@ from vllm.v1.request import Request, RequestStatus
 from rollout.scheduling.counters import Counters
 from rollout.scheduling.identity import Identity
 from rollout.scheduling.latency import ToolLatencies
+from rollout.scheduling.latency_file import LatencyFile
 from rollout.scheduling.metrics import Publisher
 from rollout.scheduling.options import Options
 from rollout.scheduling.pins import Pins
 from rollout.scheduling.policy import Load
 from rollout.scheduling.program_queue import ProgramQueue
-from rollout.scheduling.programs import RELEASE, Job, Marks, Pin, Program, Programs, Turn
-from rollout.scheduling.rebuild import RebuildTime
+from rollout.scheduling.programs import RELEASE, Job, Marks, Pin, Program, Programs, Turn, held_tokens
+from rollout.scheduling.rebuild import RebuildTime, step_work
 from rollout.scheduling.shortage import missing_blocks
 
 log = logging.getLogger(__name__)
 RUNNING_STEPS = 64  # steps over which the mean of running requests moves
-SAVE_EVERY, SAVE_IDLE = 30.0, 1.0  # seconds between two copies of the tool latencies, under load and when it ends
 WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -54,6 +54,7 @@ class ProgramMixin(Scheduler):
         self.latencies = ToolLatencies()
         if options.latencies is not None:
             self.latencies.load(options.latencies)
+        self.latency_file = LatencyFile(self.latencies, options.save_latencies)
         self.programs = Programs(self.latencies)
         self.counters = Counters()
         self.rebuild = RebuildTime()
@@ -65,8 +66,6 @@ class ProgramMixin(Scheduler):
         self._joined = True  # requests were admitted since the running ones were sorted
         self._in_flight: deque[tuple[float, int, int, int]] = deque()  # of each step: start, and what it does
         self._updated = -math.inf
-        self._saved = -math.inf
-        self._seen = -1
         self._stock_allocate = self.kv_cache_manager.allocate_slots
         self.publisher = Publisher(
             self.counters,
@@ -110,8 +109,8 @@ class ProgramMixin(Scheduler):
         if self.active:
             self._prepare(now)
         output = super().schedule(throttle_prefills)
-        if output.total_num_scheduled_tokens:
-            self._in_flight.append((now, *self._work(output)))
+        if total := output.total_num_scheduled_tokens:
+            self._in_flight.append((now, *step_work(output.num_scheduled_tokens, total, self.requests)))
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
@@ -140,7 +139,7 @@ class ProgramMixin(Scheduler):
 
     def shutdown(self) -> None:
         self.pins.drop(self.pins, "shutdown")
-        self._save_latencies()
+        self.latency_file.save()
         self.publisher.close()
         super().shutdown()
 
@@ -221,18 +220,16 @@ class ProgramMixin(Scheduler):
     def _claim(self, turn: Turn, request: Request) -> None:
         """Find the KV that was kept for this turn, and how much of its prompt was computed before."""
         program = turn.program
-        shared = {pin: self._held_tokens(request, pin.marks) for pin in program.pins}
+        shared = {pin: self._held(request, pin.marks) for pin in program.pins}
         claim = max(shared, key=shared.__getitem__, default=None)
         if claim is not None and shared[claim]:
             turn.claim = claim
         elif program.live == 1:  # no sub-agent beside it: its prefix has shrunk (compaction), what was kept is dead
             self.pins.drop(program.pins, "compaction")
-        turn.known = self._held_tokens(request, program.marks)
+        turn.known = self._held(request, program.marks)
 
-    def _held_tokens(self, request: Request, marks: Marks) -> int:
-        """The longest of these ends that the request's prompt contains, in tokens."""
-        size, hashes = self.hash_block_size, request.block_hashes
-        return max((n for n, end in marks if n // size <= len(hashes) and hashes[n // size - 1] == end), default=0)
+    def _held(self, request: Request, marks: Marks) -> int:
+        return held_tokens(marks, request.block_hashes, self.hash_block_size)
 
     def _leave(self, turn: Turn, request: Request) -> None:
         now = self.load.now = self.programs.clock(self.clock())
@@ -250,9 +247,8 @@ class ProgramMixin(Scheduler):
             if name is None or tool is None:
                 self.programs.forget(program)
                 return
-            self.programs.rename(
-                program, name
-            )  # a call by a request that named no program: its next turn will extend it
+            # A call by a request that named no program: its next turn will extend it.
+            self.programs.rename(program, name)
         self.counters.aborts += aborted
         if aborted or turn.last:
             if not program.live:
@@ -290,7 +286,7 @@ class ProgramMixin(Scheduler):
         pin.deadline, pin.priority = load.now + seconds, turn.priority
         if self.true_gap is not None:
             pin.returns = load.now + self.true_gap(request)
-        older = [p for p in program.pins if self._held_tokens(request, p.marks[-1:])]  # whose end it goes beyond
+        older = [p for p in program.pins if self._held(request, p.marks[-1:])]  # whose end it goes beyond
         if self.pins.add(pin):
             self.pins.drop(older, "replaced")
 
@@ -307,9 +303,8 @@ class ProgramMixin(Scheduler):
         if self.rule.promote(load) or self.pins.changed:
             self.waiting.sort()  # who waited for a pin that went is resident no more
             self.pins.changed = False
-        if (
-            self._joined and self.rule.pressed
-        ):  # vLLM preempts the last of the running (FCFS): let that be the youngest job
+        if self._joined and self.rule.pressed:
+            # vLLM preempts the last of the running (FCFS): let that be the youngest job.
             self.running.sort(key=lambda request: turns[request.request_id].job.number)
             self._joined = False
 
@@ -398,23 +393,6 @@ class ProgramMixin(Scheduler):
                 self.counters.tokens_reused += hits
                 turn.job.reused += hits
 
-    def _work(self, output: SchedulerOutput) -> tuple[int, int, int]:
-        """(prefill tokens, Σ prefill tokens × context, decoding requests) of a step.
-
-        Who decodes computes the one known token that is left, and drafts behind it if decoding is speculative; who
-        resumes after a preemption computes its own answer again as it does its prompt.
-        """
-        scheduled = output.num_scheduled_tokens
-        if output.total_num_scheduled_tokens == len(scheduled):
-            return 0, 0, len(scheduled)
-        prefill = [
-            (n, request.num_computed_tokens)
-            for name, n in scheduled.items()
-            if n > 1 and (request := self.requests[name]).num_computed_tokens - n < request.num_tokens - 1
-        ]
-        tokens = sum(n for n, _ in prefill)
-        return tokens, sum(n * (done - n // 2) for n, done in prefill), len(scheduled) - len(prefill)
-
     def _context(self) -> int:
         return sum(request.num_computed_tokens for request in self.running)
 
@@ -422,20 +400,7 @@ class ProgramMixin(Scheduler):
         """Let out what has changed: soon where the engine falls idle, for it may be killed in its sleep."""
         idle = not self.requests
         self.publisher.tick(now, idle=idle)
-        if now >= self._saved + (SAVE_IDLE if idle else SAVE_EVERY):
-            self._save_latencies()
-            self._saved = now
-
-    def _save_latencies(self) -> None:
-        path, seen = self.options.save_latencies, self.latencies.observed
-        if path is None or seen == self._seen:
-            return
-        try:
-            self.latencies.save(path)
-        except OSError as error:  # a full disk must not stop the engine
-            log.warning("save_latencies: %s cannot be written (%s); it is stale until it can", path, error)
-        else:
-            self._seen = seen
+        self.latency_file.tick(now, idle=idle)
 
     def gauges(self) -> dict[str, float | None]:
         """What the metrics show of this moment."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,11 @@ FORGOTTEN_AFTER = 1800.0  # seconds without a turn: then no tool is thought to r
 LOOKS = 4  # idle programs looked at in a go: the old ones go a few at a time, so that no step pays for many
 
 Marks = tuple[tuple[int, Any], ...]  # (tokens, hash of the block that ends there): ends of a turn and of its prompt
+
+
+def held_tokens(marks: Marks, hashes: Sequence[Any], size: int) -> int:
+    """The longest of these ends that a prompt contains, in tokens; ``hashes`` of its blocks of ``size`` tokens."""
+    return max((n for n, end in marks if n // size <= len(hashes) and hashes[n // size - 1] == end), default=0)
 
 
 @dataclass(eq=False, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 # One step's seconds ≈ w · (1, prefill tokens / 1e3, prefill tokens × context / 1e6, decoding requests / 1e2).
 SCALES = (1.0, 1e-3, 1e-6, 1e-2)
 FORGET = 0.999  # a step's weight halves after about 700 regressed steps: the fit follows drifting batches
@@ -53,3 +56,29 @@ class RebuildTime:
         """Seconds of engine time to prefill ``tokens`` tokens after ``cached`` ones that hit; never negative."""
         context = tokens * (cached + tokens / 2)
         return max(self._w[1], 0.0) * tokens * SCALES[1] + max(self._w[2], 0.0) * context * SCALES[2]
+
+
+class Computed(Protocol):
+    """What a step's work is read off: vLLM's request, once the step is scheduled."""
+
+    num_computed_tokens: int
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+def step_work(scheduled: Mapping[str, int], total: int, requests: Mapping[str, Computed]) -> tuple[int, int, int]:
+    """(prefill tokens, Σ prefill tokens × context, decoding requests) of a step of ``scheduled`` tokens by request.
+
+    Who decodes computes the one known token that is left, and drafts behind it if decoding is speculative; who
+    resumes after a preemption computes its own answer again as it does its prompt.
+    """
+    if total == len(scheduled):  # one each
+        return 0, 0, total
+    prefill = [
+        (n, request.num_computed_tokens)
+        for name, n in scheduled.items()
+        if n > 1 and (request := requests[name]).num_computed_tokens - n < request.num_tokens - 1
+    ]
+    tokens = sum(n for n, _ in prefill)
+    return tokens, sum(n * (done - n // 2) for n, done in prefill), len(scheduled) - len(prefill)

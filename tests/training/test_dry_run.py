@@ -10,7 +10,8 @@ from rollout.errors import UserError
 from rollout.hydra import conf_dir, to_object
 from training import config
 from training.dry_run import dry_run, plan_input
-from training.memory import GIB, plan
+from training.memory import GIB
+from training.memory_plan import plan
 
 RECIPES = ["qwen3_8b_grpo_8xh100", "qwen3_8b_lora_8xh100", "qwen3_8b_tppo_8xh100"]
 

@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rollout.errors import UserError
 from training import memory
 from training.head import attach_head, token_logprobs
-from training.memory import GIB, EnginePlan, PlanInput, Shape
+from training.memory import GIB, EnginePlan, PlanInput
+from training.memory_plan import batch_plan, plan
+from training.model_shape import Shape, build_shape
 from training.packing import TrainSequence, pack
 
 LORA = {"r": 8, "target_modules": "all-linear"}
@@ -74,7 +76,7 @@ def test_model_states_equal_those_of_a_real_model_after_a_step(tied, lora):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
     optimizer.step()
-    states = memory.model_states(inputs(memory.build_shape(numbers, lora=lora)))
+    states = memory.model_states(inputs(build_shape(numbers, lora=lora)))
     moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert states == {
         "weights": sum(p.nbytes for p in model.parameters()),
@@ -124,7 +126,7 @@ def test_activations_of_a_layer_equal_what_autograd_saves(dtype, lora, adapter, 
     tokens = 96
     # Two depths: what the embedding, the last norm and the rotary tables keep cancels out.
     deep, shallow = (saved_bytes(architecture(n), dtype, tokens, checkpointing, lora, adapter) for n in (5, 2))
-    shape = memory.build_shape(architecture(3), lora=lora)
+    shape = build_shape(architecture(3), lora=lora)
     planned = inputs(
         shape, compute_bytes=dtype.itemsize, adapter_bytes=adapter, max_tokens=tokens, checkpointing=checkpointing
     )
@@ -138,7 +140,7 @@ def test_activations_under_autocast_equal_what_autograd_saves(dtype, lora, check
     tokens = 96
     deep, shallow = (saved_bytes(architecture(n), dtype, tokens, checkpointing, lora, autocast=True) for n in (5, 2))
     planned = inputs(
-        memory.build_shape(architecture(3), lora=lora),
+        build_shape(architecture(3), lora=lora),
         weight_bytes=dtype.itemsize,
         compute_bytes=2,
         autocast=True,
@@ -151,7 +153,7 @@ def test_activations_under_autocast_equal_what_autograd_saves(dtype, lora, check
 def test_a_mask_costs_its_numbers_in_every_layer_and_repeated_keys_and_values():
     tokens = 96
     deep, shallow = (saved_bytes(architecture(n), torch.bfloat16, tokens, False, rows=2) for n in (5, 2))
-    planned = inputs(memory.build_shape(architecture(3)), compute_bytes=2, max_tokens=tokens, masked=tokens)
+    planned = inputs(build_shape(architecture(3)), compute_bytes=2, max_tokens=tokens, masked=tokens)
     assert deep - shallow == memory.kept_activations(planned)
     assert memory.mask(planned) == tokens**2
 
@@ -225,7 +227,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_whole_step_holds(dtype, lora, auto
             optimizer.step()
             optimizer.zero_grad()
     planned = inputs(
-        memory.build_shape(numbers, lora=lora),
+        build_shape(numbers, lora=lora),
         weight_bytes=dtype.itemsize,
         compute_bytes=4 if dtype == torch.float32 and not autocast else 2,
         moment_bytes=4 if lora else dtype.itemsize,
@@ -233,7 +235,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_whole_step_holds(dtype, lora, auto
         checkpointing=True,
         max_tokens=tokens,
     )
-    parts = memory.plan(planned).phases[1].parts
+    parts = plan(planned).phases[1].parts
     total = sum(size for name, size in parts.items() if name not in ("reserve", "engine asleep"))
     assert 0.9 <= total / live.peak <= 1.1, parts
 
@@ -248,7 +250,7 @@ def test_qwen3_8b_is_counted_from_its_numbers():
         head_dim=128,
         vocab_size=151936,
     )
-    shape = memory.build_shape(numbers)
+    shape = build_shape(numbers)
     assert shape.parameters == 8_190_735_360  # the model card: 8.2 B, 6.95 B without embeddings
     assert round((shape.parameters - 2 * 151936 * 4096) / 1e9, 2) == 6.95
     assert memory.kv_bytes_per_token(shape, 2) == 147_456
@@ -278,18 +280,18 @@ def test_sharding_divides_and_tokens_add(tokens, gpus, strategy):
 
 
 def test_a_shared_gpu_holds_both_in_rollouts_and_an_own_one_only_the_engine():
-    shape = memory.build_shape(architecture())
-    shared = memory.plan(inputs(shape, gpus=4))
+    shape = build_shape(architecture())
+    shared = plan(inputs(shape, gpus=4))
     rollouts, training = shared.phases
     assert "optimizer" in rollouts.parts and "engine asleep" in training.parts
-    own = memory.plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=2, own_gpus=2)))
+    own = plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=2, own_gpus=2)))
     rollouts, training = own.phases
     assert abs(rollouts.total - 40 * GIB) < 4 and "engine asleep" not in training.parts
     assert own.batch["engine replicas"] == 2 and shared.batch["engine replicas"] == 1
 
 
 def test_states_are_cut_over_the_processes_that_train_wherever_they_are():
-    shape = memory.build_shape(architecture())
+    shape = build_shape(architecture())
     cut = inputs(shape, strategy="zero3", gpus=4)
     for processes, engine in ((4, cut.engine), (2, replace(cut.engine, replicas=2, own_gpus=2))):
         alone = memory.model_states(inputs(shape))
@@ -297,23 +299,20 @@ def test_states_are_cut_over_the_processes_that_train_wherever_they_are():
         assert each == memory.model_states(replace(cut, processes=processes))
         assert each == {name: -(-size // processes) for name, size in alone.items()}
     two_nodes = replace(cut, processes=8)
-    assert memory.batch_plan(two_nodes)["micro-batches an optimizer step and process, at most"] == 1
+    assert batch_plan(two_nodes)["micro-batches an optimizer step and process, at most"] == 1
 
 
 def test_replicas_play_as_many_episodes_as_they_have_places():
-    shape = memory.build_shape(architecture())
+    shape = build_shape(architecture())
     for replicas, at_once in ((1, 8), (2, 16), (3, 16)):
-        made = memory.batch_plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=replicas)))
+        made = batch_plan(inputs(shape, gpus=4, engine=EnginePlan(4, 0.5, 256, 8, replicas=replicas)))
         assert made["episodes at once, at most"] == at_once
 
 
 def test_adapters_need_no_second_model_as_reference():
-    full = memory.plan(inputs(memory.build_shape(architecture()), reference=True)).phases[1].parts
+    full = plan(inputs(build_shape(architecture()), reference=True)).phases[1].parts
     assert full["reference"] == full["weights"]
-    assert (
-        "reference"
-        not in memory.plan(inputs(memory.build_shape(architecture(), lora=LORA), reference=True)).phases[1].parts
-    )
+    assert "reference" not in plan(inputs(build_shape(architecture(), lora=LORA), reference=True)).phases[1].parts
 
 
 @pytest.mark.parametrize(
@@ -322,13 +321,13 @@ def test_adapters_need_no_second_model_as_reference():
 def test_micro_batches_hold_every_episode_at_full_length(prompts, samples, minibatches, gpus, rows):
     shape = Shape(64, 3, 128, 64, 4, 160, 256, True, parameters=200_000, layer_parameters=50_000)
     p = inputs(shape, prompts=prompts, samples=samples, minibatches=minibatches, gpus=gpus, max_tokens=rows * 256 + 255)
-    made = memory.batch_plan(p)
+    made = batch_plan(p)
     room = made["micro-batches an optimizer step and process, at most"] * rows * gpus * minibatches
     assert room >= made["episodes a step"] == prompts * samples
 
 
 def test_unplannable_models_are_refused():
     with pytest.raises(UserError, match=r"model\.architecture"):
-        memory.build_shape({"model_type": "no_such_model"})
+        build_shape({"model_type": "no_such_model"})
     with pytest.raises(UserError, match="dense models only"):
-        memory.build_shape(architecture(model_type="qwen3_moe", num_experts=4))
+        build_shape(architecture(model_type="qwen3_moe", num_experts=4))
