@@ -1,10 +1,10 @@
 """Where the seconds of a step went: parts of ``time/step`` that never overlap.
 
 ``time/sync``: weights to the engine, the probe, and an engine's falling asleep. ``time/generate``, ``time/tools``,
-``time/reward``: see ``rollout.activity``. ``time/wait``: what else the trainer waited for the rollouts; one step off
-the policy, where they go on while it trains, all that it waited. ``time/anchor``: the trainer's own log-probs before
-the first update. ``time/critic``, ``time/train``: forward, backward and update of the value model and the policy.
-``time/warm_up``: the rounds before that trained the critic alone. ``time/other``: the rest, which is packing,
+``time/reward``: see ``rollout.activity``. ``time/wait``: what else the trainer waited for the rollouts; with
+``max_staleness``, where they go on while it trains, all that it waited. ``time/anchor``: the trainer's own log-probs
+before the first update. ``time/critic``, ``time/train``: forward, backward and update of the value model and the
+policy. ``time/warm_up``: the rounds before that trained the critic alone. ``time/other``: the rest, which is packing,
 advantages, checkpoints.
 """
 

@@ -25,7 +25,7 @@ PART_NOTES = {
     "generate": "the model wrote for at least one episode",
     "tools": "tools ran and the model wrote for nobody",
     "reward": "verifiers and reward functions, while neither went on",
-    "wait": "the trainer waited for rollouts beyond these; one step off the policy: all that it waited",
+    "wait": "the trainer waited for rollouts beyond these; with max_staleness: all that it waited",
     "anchor": "the trainer's own log-probs before the first update",
     "critic": "forward, backward and update of the value model",
     "train": "forward, backward and update of the policy",
