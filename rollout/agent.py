@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from rollout.activity import Activity
@@ -69,9 +70,10 @@ async def run_episode(
             messages = await environment.reset(row)
             tools = environment.tools()
             await speaker.open(episode, messages, tools)
+            named = {tool.name: tool for tool in tools}
             try:
                 if episode.status is Status.UNFINISHED:  # else it was taken up where only its score was missing
-                    await _converse(episode, {tool.name: tool for tool in tools}, speaker, limits, waiting, activity)
+                    await Dialogue(episode, speaker, named, limits, waiting, activity).play()
             finally:
                 await speaker.close(episode)
             with activity.during("reward"):
@@ -86,54 +88,52 @@ async def run_episode(
     return episode
 
 
-async def _converse(
-    episode: Episode,
-    tools: dict[str, Tool],
-    speaker: Speaker,
-    limits: LimitsConfig,
-    waiting: Callable[[bool], None],
-    activity: Activity,
-) -> None:
-    calls = sum(len(turn.calls) for turn in episode.turns)
-    own = episode.own_tokens - episode.open_tokens
-    if episode.unanswered:
-        await _answer(episode, tools, speaker, limits, waiting, activity)
-    while True:
-        room = limits.max_new_tokens - own
-        with activity.during("generate"):
-            turn, written, cut = await speaker.speak(episode, min(room, limits.max_turn_tokens or room))
-        episode.turns.append(turn)
-        own += written
-        if cut or (turn.calls and own >= limits.max_new_tokens):
-            episode.status = Status.TRUNCATED
-            return
-        if not turn.calls:
-            episode.status = Status.FINISHED
-            return
-        calls += len(turn.calls)
-        if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
-            episode.status = Status.CALL_LIMIT
-            return
-        await _answer(episode, tools, speaker, limits, waiting, activity)
+@dataclass
+class Dialogue:
+    """An episode between the policy and its tools, by name; ``waiting`` and ``activity`` as in ``run_episode``."""
 
+    episode: Episode
+    speaker: Speaker
+    tools: dict[str, Tool]
+    limits: LimitsConfig
+    waiting: Callable[[bool], None]
+    activity: Activity
 
-async def _answer(
-    episode: Episode,
-    tools: dict[str, Tool],
-    speaker: Speaker,
-    limits: LimitsConfig,
-    waiting: Callable[[bool], None],
-    activity: Activity,
-) -> None:
-    """Run the calls of the last turn, all at once; the policy reads what they gave."""
-    turn = episode.turns[-1]
-    if any(_takes_time(tools[x.name]) for x in turn.calls if x.problem is None and x.name in tools):
-        waiting(True)
-    with activity.during("tools"):
-        results = await asyncio.gather(*(_execute(x, tools, limits) for x in turn.calls))
-    turn.results = list(results)
-    waiting(False)
-    await speaker.read(episode, turn.results)
+    async def play(self) -> None:
+        """Turn by turn until it has ended; begins with the tools where these owe the last turn their results."""
+        episode, limits = self.episode, self.limits
+        calls = sum(len(turn.calls) for turn in episode.turns)
+        own = episode.own_tokens - episode.open_tokens
+        if episode.unanswered:
+            await self._answer()
+        while True:
+            room = limits.max_new_tokens - own
+            with self.activity.during("generate"):
+                turn, written, cut = await self.speaker.speak(episode, min(room, limits.max_turn_tokens or room))
+            episode.turns.append(turn)
+            own += written
+            if cut or (turn.calls and own >= limits.max_new_tokens):
+                episode.status = Status.TRUNCATED
+                return
+            if not turn.calls:
+                episode.status = Status.FINISHED
+                return
+            calls += len(turn.calls)
+            if calls > limits.max_tool_calls or len(episode.turns) >= limits.max_turns:
+                episode.status = Status.CALL_LIMIT
+                return
+            await self._answer()
+
+    async def _answer(self) -> None:
+        """Run the calls of the last turn, all at once; the policy reads what they gave."""
+        turn = self.episode.turns[-1]
+        if any(_takes_time(self.tools[x.name]) for x in turn.calls if x.problem is None and x.name in self.tools):
+            self.waiting(True)
+        with self.activity.during("tools"):
+            results = await asyncio.gather(*(_execute(x, self.tools, self.limits) for x in turn.calls))
+        turn.results = list(results)
+        self.waiting(False)
+        await self.speaker.read(self.episode, turn.results)
 
 
 def _takes_time(tool: Tool) -> bool:
