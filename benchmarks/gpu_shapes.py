@@ -79,7 +79,8 @@ def overrides(arm: Arm) -> list[str]:
     numbers = ",".join(f"{k}:{str(v).lower()}" for k, v in ARCHITECTURES[arm.architecture].items())
     return [
         "run_dir=unused",
-        "engine=vllm_process",  # of the plan only
+        "engine=vllm_process",  # of the plan only: asleep, it holds nothing that torch knows of
+        "engine.sleep_level=2",
         f"engine.max_model_len={arm.length}",
         f"limits.max_new_tokens={arm.length - 1}",
         "model=hf",

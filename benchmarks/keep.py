@@ -47,7 +47,7 @@ def table() -> None:
         "# Kept figures",
         "",
         "Written by `python -m benchmarks.keep NAME`. Each file holds the benchmark's last line, its date and commit;",
-        "dirty: the tree had changes that were not committed.",
+        "dirty: the tree had changes that were not committed. `gsm8k_tiny` is the summary of the run that it names.",
         "",
         "| benchmark | figure | measured | bar | met | machine | date | commit |",
         "|---|---|---|---|---|---|---|---|",

@@ -14,7 +14,7 @@ from rollout.errors import WaitTimeout
 
 @dataclass
 class Group:
-    """All episodes of one visit to one prompt. ``version`` is the policy's when the group was asked for."""
+    """All episodes of one visit to one prompt. ``version`` is the policy's, or the round's number."""
 
     group_id: str
     size: int

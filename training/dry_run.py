@@ -176,7 +176,7 @@ def report(made: Plan, console: Console | None = None) -> None:
     full = max(made.kv_tokens, 0) // p.engine.max_model_len
     batch.add_row("sequences of full length in it", f"{min(full, p.engine.max_num_seqs):,}")
     console.print(batch)
-    console.print("An estimate from formulas (training/memory_plan.py); not run on GPU.")
+    console.print("An estimate from formulas (training/memory.py); not run on GPU.")
 
 
 def _gib(size: int | None) -> str:

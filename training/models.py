@@ -29,7 +29,7 @@ def train_tokenizer(corpus: Iterable[str], vocab: int) -> PreTrainedTokenizerFas
     special = [PAD, IM_START, IM_END]
     smallest = 256 + len(special) + len(TAGS)
     if vocab < smallest:
-        raise UserError(f"model.vocab: {vocab} is too small for bytes and tags; give at least {smallest}")
+        raise UserError(f"model.vocabulary: {vocab} is too small for bytes and tags; give at least {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

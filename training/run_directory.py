@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from rollout.errors import UserError
 
+WRITTEN = ("save_latencies", "metrics_path")  # settings that name what a run writes, not what it reads
+
 
 class RunDirectory:
     """``stages.json`` holds the seconds of each stage and the evaluations made so far; one process ``writes`` it."""
@@ -37,6 +39,7 @@ class RunDirectory:
                 f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
             )
         if found and not resume:
+            self._refuse_to_lose(OmegaConf.to_container(composed, resolve=True))
             shutil.rmtree(self.path)
         elif found:
             state = json.loads(self._file.read_text())
@@ -44,6 +47,20 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
         self._write()
+
+    def _refuse_to_lose(self, settings: Any, key: str = "") -> None:
+        """Raise UserError where a setting names something that starting anew would delete before it is read."""
+        if isinstance(settings, dict | list):
+            items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+            for name, value in items:
+                self._refuse_to_lose(value, f"{key}.{name}".lstrip("."))
+        elif isinstance(settings, str) and key != "run_dir" and key.rpartition(".")[2] not in WRITTEN:
+            named = Path(settings)
+            if self.path.resolve() in (named.resolve(), *named.resolve().parents) and named.exists():
+                raise UserError(
+                    f"{key}: {settings} lies in run_dir={self.path}, which overwrite=true would delete first; "
+                    "give another run_dir"
+                )
 
     def evaluated(self, step: int, result: dict[str, Any]) -> None:
         self.evaluations.append({"step": step, **result})

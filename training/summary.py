@@ -43,37 +43,49 @@ def show(result: dict[str, Any], directory: RunDirectory, cfg: TrainingConfig) -
     last = checkpoint.latest(directory.checkpoints)
     if last is not None:
         console.print("next:", highlight=False)
+        task = HydraConfig.get().runtime.choices["task"]
         for command in (
             f"python -m serving checkpoint={last}",
-            f"python -m rollout.evaluate checkpoint={last} {evaluation_settings(cfg)}",
+            f"python -m rollout.evaluate checkpoint={last} {evaluation_settings(cfg, task)}",
             f"tensorboard --logdir {run_dir}",
         ):
             console.print(f"  {command}", highlight=False)
 
 
-def evaluation_settings(cfg: TrainingConfig) -> str:
-    """Overrides that make ``rollout.evaluate`` measure what the run measured: its task, limits and context."""
-    choice = HydraConfig.get().runtime.choices["task"]
-    parts = [f"task={choice}", *differences("task", cfg.task), *differences("limits", cfg.limits)]
+def evaluation_settings(cfg: TrainingConfig, task: str) -> str:
+    """Overrides that make ``rollout.evaluate`` measure what the run measured: the ``task`` member, limits, context."""
+    parts = [f"task={task}", *differences("task", cfg.task), *differences("limits", cfg.limits)]
     return " ".join([*parts, f"engine.max_model_len={cfg.engine.max_model_len}"])
 
 
 def differences(name: str, member: Any) -> list[str]:
-    """``name.key=value`` for every setting that is not its schema's default; all of them where there is no schema."""
+    """``name.key=value`` for every setting that is not its schema's default; all of them where there is no schema.
+
+    What demonstrations are made of is left out: nobody is shown any.
+    """
     if isinstance(member, dict):
-        return [f"{name}.{key}={override(value)}" for key, value in member.items()]
-    changed = []
+        known = ("_target_",)
+        return [
+            x for key, value in member.items() for x in overrides(f"{'' if key in known else '++'}{name}.{key}", value)
+        ]
+    changed: list[str] = []
     for f in fields(member):
         value = getattr(member, f.name)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if value != default:
-            changed.append(f"{name}.{f.name}={override(value)}")
+        if value != default and f.name != "demonstration_mix":
+            changed += overrides(f"{name}.{f.name}", value)
     return changed
 
 
-def override(value: Any) -> str:
-    """A value as Hydra's command line takes it, quoted for the shell where that needs it."""
-    if isinstance(value, dict | list):
-        items = (f"{k}:{v}" for k, v in value.items()) if isinstance(value, dict) else map(str, value)
-        return shlex.quote(f"{{{','.join(items)}}}" if isinstance(value, dict) else f"[{','.join(items)}]")
-    return "null" if value is None else shlex.quote(str(value))
+def overrides(key: str, value: Any) -> list[str]:
+    """A setting as Hydra's command line takes it, quoted for the shell where that needs it.
+
+    Keys that read like numbers would come as numbers from between braces: each is set by itself.
+    """
+    if isinstance(value, dict) and any(str(k).isdigit() for k in value):
+        return [x for k, v in value.items() for x in overrides(f"{key}.{k}", v)]
+    if isinstance(value, dict):
+        value = f"{{{','.join(f'{k}:{v}' for k, v in value.items())}}}"
+    elif isinstance(value, list):
+        value = f"[{','.join(map(str, value))}]"
+    return [f"{key}=null" if value is None else shlex.quote(f"{key}={value}")]

@@ -43,7 +43,7 @@ class Cost(Protocol):
 
 @dataclass
 class Roofline:
-    """Seconds of a forward pass = max(bytes over bandwidth, FLOPs over peak) + overhead (papers/scheduling_study.md).
+    """Seconds of a forward pass = max(bytes over bandwidth, FLOPs over peak) + overhead.
 
     Bandwidth (bytes/s) and peak (FLOP/s) are those achieved, not those printed. A step of several rounds spreads its
     prefill evenly over them, as chunked prefill does. The default is an H100 with an 8B model in bf16: 2 FLOP a

@@ -1,10 +1,10 @@
 """vLLM's scheduler with programs in mind: retention and order. The mixin behind ``vllm_plugin.program_scheduler``.
 
-What is decided is in ``policies.py``; here it is carried out. Pins are references in the block pool. A running request
-that needs a block takes those pins that the policy grants it before vLLM preempts anyone: ``Turnstile`` grants what is
-past its break-even, and younger jobs' than the youngest that runs; of the rest none goes while another request runs
-that can be preempted. The last one that runs, and who is admitted where nothing runs, may take any. Pins go on weight
-update, pause, reset and shutdown too; nothing ever waits for a pin to end.
+What is decided is in ``policies.py`` and ``turnstile.py``; here it is carried out. Pins are references in the block
+pool. A running request that needs a block takes those pins that the policy grants it before vLLM preempts anyone:
+``Turnstile`` grants what is past its break-even, and younger jobs' than the youngest that runs; of the rest none goes
+while another request runs that can be preempted. The last one that runs, and who is admitted where nothing runs, may
+take any. Pins go on weight update, pause, reset and shutdown too; nothing ever waits for a pin to end.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def test_the_fit_finds_the_machine_that_made_the_steps(missing: str) -> None:
 def test_a_shape_takes_its_steps(arm: str) -> None:
     result = gpu_shapes.run(gpu_shapes.QUICK[arm])
     assert result["seconds"] > 0 and result["tokens"] == 256
+    assert set(gpu_shapes.NOT_TENSORS) <= set(result["parts"]) and "engine awake" not in result["parts"]
     assert (result["measured"] is None) == (not torch.cuda.is_available())
 
 
