@@ -52,15 +52,30 @@ def execute(cfg: TrainingConfig, composed: Any, run_dir: Path, start: float) -> 
         directory = RunDirectory(Path(ranks.agree(str(run_dir))), writes=ranks.leads)
         if ranks.leads:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory.path / "tensorboard")
-            if cfg.resume and (found := checkpoint.latest(directory.checkpoints)) is not None:
-                layout.check_resumable(found, layout.wanted(cfg.trainer, ranks.size))
-            directory.open(composed, resume=cfg.resume, overwrite=cfg.overwrite)
+            if cfg.resume:
+                check_resumable(cfg, directory, ranks.size)
+            stack.enter_context(directory.open(composed, resume=cfg.resume, overwrite=cfg.overwrite))
         else:
             console.quiet = True
         ranks.agree()  # rank 0 has made the directory
         with ranks.waiting("the others"):
-            Run(cfg, directory, ranks, stack).train()
+            run = Run(cfg, directory, ranks, stack)
+            directory.stands()
+            run.train()
         return finish(cfg, directory, time.monotonic() - start) if ranks.leads else {}
+
+
+def check_resumable(cfg: TrainingConfig, directory: RunDirectory, processes: int) -> None:
+    """Raise UserError where the last checkpoint is not what this run could go on from; say so where there is none."""
+    found = checkpoint.latest(directory.checkpoints)
+    if found is None:
+        console.print(f"note: resume: {directory.path} holds no checkpoint; the run begins at step 0", highlight=False)
+        return
+    if (done := checkpoint.step_of(found)) > cfg.steps:
+        raise UserError(
+            f"steps={cfg.steps}: {found} has {done} behind it; give as many, or delete the later checkpoints"
+        )
+    layout.check_resumable(found, layout.wanted(cfg.trainer, processes))
 
 
 class Run:
@@ -180,6 +195,9 @@ class LoopCallback(TrainerCallback):
         reward = logs.get("reward")
         note = "" if reward is None else f"reward {reward:.3f}  tool calls {logs['rollout/tool_calls']:.2f}"
         self.shown.update(state.global_step, note)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # a resumed run has those of its checkpoint in force
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         cfg = self.run.cfg

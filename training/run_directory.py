@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import shutil
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rollout.display import console
 from rollout.errors import UserError
+from training import checkpoint
+from training.replaced_run import ReplacedRun
 
+ENDING = 30.0  # seconds that a run which was stopped may need to be gone
 WRITTEN = ("save_latencies", "metrics_path")  # settings that name what a run writes, not what it reads
 
 
@@ -25,40 +31,75 @@ class RunDirectory:
         self._file = path / "stages.json"
         self.seconds: dict[str, float] = {}
         self.evaluations: list[dict[str, Any]] = []
+        self.replaced = ReplacedRun(path)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, composed: Any, *, resume: bool, overwrite: bool) -> None:
-        """Make the directory, or find in it the run to go on with; a run is never overwritten unasked."""
-        # A run that was refused before it had made anything is no run: the mended command may use its place.
-        found = self._file.exists() and (self.checkpoints.exists() or any(self.path.glob("*.jsonl")))
-        if found and not (resume or overwrite):
-            raise UserError(
-                f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
-            )
-        if found and not resume:
-            self._refuse_to_lose(OmegaConf.to_container(composed, resolve=True))
-            shutil.rmtree(self.path)
-        elif found:
+    @contextmanager
+    def open(self, composed: Any, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Make the directory this process's, or find in it the run to go on with; none is overwritten unasked.
+
+        A run that is, is put back if the block ends in an error before ``stands`` was called.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            self.replaced.recover()
+            if not resume:
+                self.replaced.put_back()  # of a start that was killed before it stood
+            if not resume and self._file.exists():
+                # A run that was refused before it had made anything is no run: the mended command may use its place.
+                if not overwrite and (self.checkpoints.exists() or any(self.path.glob("*.jsonl"))):
+                    raise UserError(
+                        f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
+                    )
+                self._refuse_to_lose(OmegaConf.to_container(composed, resolve=True))
+                self.replaced.set_aside()
+            try:
+                self._begin(composed)
+                yield
+            except BaseException:
+                self.replaced.put_back()
+                raise
+
+    def stands(self) -> None:
+        """The run has all that it needs: what it takes the place of is deleted."""
+        if self.writes:
+            self.replaced.delete()
+
+    def _begin(self, composed: Any) -> None:
+        file, wanted = self.path / "config.yaml", OmegaConf.to_yaml(composed, resolve=True)
+        if self._file.exists():
             state = json.loads(self._file.read_text())
             self.seconds, self.evaluations = state["seconds"], state["evaluations"]
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+            if file.exists() and (before := file.read_text()) != wanted:
+                self._note_changes(before, wanted)
+        file.write_text(wanted)
         self._write()
 
-    def _refuse_to_lose(self, settings: Any, key: str = "") -> None:
+    def _note_changes(self, before: str, now: str) -> None:
+        """Say what a resumed run does otherwise than it did, and keep what it did."""
+        old, new = (flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
+        changes = [
+            f"{key}={new.get(key)} (was {old.get(key)})"
+            for key in [*old, *(key for key in new if key not in old)]
+            if old.get(key) != new.get(key) and key not in ("resume", "overwrite")
+        ]
+        if changes:
+            console.print(f"note: resumed with {', '.join(changes)}", highlight=False, markup=False)
+            step = max((number for number, _ in checkpoint.steps(self.checkpoints)), default=0)
+            (self.path / f"config-until-step-{step}.yaml").write_text(before)
+
+    def _refuse_to_lose(self, settings: Any) -> None:
         """Raise UserError where a setting names something that starting anew would delete before it is read."""
-        if isinstance(settings, dict | list):
-            items = settings.items() if isinstance(settings, dict) else enumerate(settings)
-            for name, value in items:
-                self._refuse_to_lose(value, f"{key}.{name}".lstrip("."))
-        elif isinstance(settings, str) and key != "run_dir" and key.rpartition(".")[2] not in WRITTEN:
-            named = Path(settings)
+        for key, value in flat(settings).items():
+            if not isinstance(value, str) or key == "run_dir" or key.rpartition(".")[2] in WRITTEN:
+                continue
+            named = Path(value)
             if self.path.resolve() in (named.resolve(), *named.resolve().parents) and named.exists():
                 raise UserError(
-                    f"{key}: {settings} lies in run_dir={self.path}, which overwrite=true would delete first; "
+                    f"{key}: {value} lies in run_dir={self.path}, which overwrite=true would delete first; "
                     "give another run_dir"
                 )
 
@@ -87,3 +128,36 @@ class RunDirectory:
         scratch = self._file.with_suffix(".tmp")
         scratch.write_text(json.dumps({"seconds": self.seconds, "evaluations": self.evaluations}, indent=1))
         scratch.replace(self._file)
+
+
+def flat(settings: Any, key: str = "") -> dict[str, Any]:
+    """Settings by their whole names: ``budget.samples``."""
+    if not isinstance(settings, dict | list):
+        return {key: settings}
+    items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    return {k: v for name, value in items for k, v in flat(value, f"{key}.{name}".lstrip(".")).items()}
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have the directory alone; the system lets go of what a killed process had.
+
+    Raises UserError where another process of this or another machine has it for ``ENDING`` seconds more.
+    """
+    with (path / ".lock").open("a+") as file:
+        deadline = time.monotonic() + ENDING
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(
+                        f"run_dir: {path} is in use by {file.read() or 'a process'}; stop it, or give another run_dir"
+                    ) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

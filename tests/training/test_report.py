@@ -58,7 +58,8 @@ def figures(accuracy: float) -> dict[str, Any]:
 def run_dir(tmp_path: Path) -> Path:
     """Three steps, written by the journal and the run directory as a run writes them."""
     directory = RunDirectory(tmp_path / "run")
-    directory.open({"name": "A&B <run>", "steps": 3}, resume=False, overwrite=False)
+    with directory.open({"name": "A&B <run>", "steps": 3}, resume=False, overwrite=False):
+        pass
     journal = Journal(directory.path, decode)
     for step, accuracy in ((0, 0.125), (3, 0.875)):
         parts = {name: figures(accuracy + shift) for name, shift in (("easy", 0.05), ("hard", -0.05))}
