@@ -14,6 +14,7 @@ from rollout.environment import Environment, Message, Row
 from rollout.episode import Episode, Status, ToolCall, ToolResult, Turn
 from rollout.tools import Tool, ToolError, call
 
+CLOSE_S = 30.0  # for an environment to let go of what it holds
 ENOUGH_MODEL_ERRORS = 400  # characters of a tool's error that the model reads
 
 
@@ -84,8 +85,20 @@ async def run_episode(
         detail = f"episode {row.id} was not done after {limits.episode_timeout_s:.0f} s (limits.episode_timeout_s)"
         raise EpisodeDropped("episode_timeout", detail) from error
     finally:
-        await environment.close()
+        await _close(environment, row)
     return episode
+
+
+async def _close(environment: Environment, row: Row) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_S) as deadline:
+            await environment.close()
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise EpisodeDropped(
+            "environment_close", f"the environment of {row.id} did not close in {CLOSE_S:.0f} s"
+        ) from error
 
 
 @dataclass

@@ -28,7 +28,8 @@ PARTS = (
 )
 
 UNWRITTEN = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk is to those who write
-OF_WRITING = ("write", "iostream", "inline_container")  # in what torch says of it, by how far it got
+# in what torch says of it, by how far it got; the last where another process has given the folder up
+OF_WRITING = ("write", "iostream", "inline_container", "Parent directory")
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
@@ -97,16 +98,6 @@ def first_cause(error: BaseException, rank: int) -> tuple[int, BaseException]:
         return rank, error
     at, (cause, _) = next(iter(error.failures.items()))
     return at, cause
-
-
-@contextlib.contextmanager
-def cleared(scratch: Path) -> Iterator[None]:
-    """For the others who write there: one that still did when rank 0 gave the checkpoint up leaves nothing behind."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager

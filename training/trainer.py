@@ -228,11 +228,12 @@ class RolloutTrainer(Trainer):
             folder = ranks.agree(
                 stack.enter_context(checkpoint.writing(self.checkpoints, step, self.keep_last)) if ranks.leads else None
             )
-            if not ranks.leads:
-                stack.enter_context(checkpoint.cleared(folder))
             try:
                 with ranks.waiting("the others' parts of a checkpoint"):
                     self._write(folder)
+            except UserError:  # rank 0 may have given the checkpoint up while this one still wrote
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             except checkpoint.UNWRITTEN as error:
                 if ranks.size == 1:
                     raise

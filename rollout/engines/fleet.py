@@ -20,10 +20,18 @@ from rollout.config import VllmConfig
 from rollout.engines import Generation, PauseMode, Sampling
 from rollout.engines.adapter import KeptAdapter
 from rollout.engines.device_transfer import DeviceTransfer
-from rollout.engines.member import Member, in_thread, member_class, member_devices, member_variables, numbered
+from rollout.engines.member import (
+    Member,
+    in_thread,
+    member_class,
+    member_devices,
+    member_variables,
+    numbered,
+    replacement_variables,
+)
 from rollout.engines.remote import RemoteEngine
 from rollout.engines.router import Router
-from rollout.engines.weight_files import KeptWeights
+from rollout.engines.weight_files import KeptWeights, rest_of
 from rollout.errors import EngineDied
 from rollout.scheduling.files import with_own_port
 from rollout.weights import BOUNDS, SyncMismatch, Weights, furthest
@@ -52,6 +60,9 @@ class Fleet:
         self.router = Router(config.replicas)
         self._single = replace(config, replicas=1, devices=None)
         self._model_dir = model_dir
+        self._rest = (
+            rest_of(Path(model_dir)) if config.restarts else {}
+        )  # a checkpoint's folder may be deleted meanwhile
         self._state = threading.Lock()  # of members and router
         self._weights_lock = threading.Lock()  # held while weights are written, and by whoever starts on them
         self._weights: KeptWeights | None = None
@@ -248,11 +259,12 @@ class Fleet:
     def _start(self, member: Member) -> None:
         """Start an engine for the member, on the last weights; blocks."""
         weights = self._weights
-        with nullcontext(self._model_dir) if weights is None else weights.folder(Path(self._model_dir)) as folder:
+        with nullcontext(self._model_dir) if weights is None else weights.folder(self._rest) as folder:
             version = 0 if weights is None else weights.version
             options = with_own_port(self._single.scheduler_options, member.index)
             config = replace(self._single, scheduler_options=options)
-            member.engine = member_class(config)(config, str(folder), member.log_path, version, member.own)
+            own = member.own if member.deaths == 0 else replacement_variables(member.own)
+            member.engine = member_class(config)(config, str(folder), member.log_path, version, own)
 
     def _keep(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> KeptWeights:
         """Write new weights down in the place of the last, before or after a member starts on these; blocks."""

@@ -63,6 +63,13 @@ def member_variables(index: int, devices: tuple[str, ...] | None) -> dict[str, s
     return own
 
 
+def replacement_variables(own: dict[str, str]) -> dict[str, str]:
+    """Those of an engine that takes the place of one: its scheduler starts from the tool latencies that were saved
+    last, for those of the run's start may lie in a checkpoint that has gone."""
+    known = (os.environ.get(VARIABLES[name], "") for name in ("save_latencies", "latencies"))
+    return {**own, VARIABLES["latencies"]: next((path for path in known if path and Path(path).is_file()), "")}
+
+
 def numbered(path: Path, index: int) -> Path:
     """``engine.log`` → ``engine-1.log``."""
     return path.with_name(f"{path.stem}-{index}{path.suffix}")

@@ -6,9 +6,11 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from rollout.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +20,10 @@ CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a lar
 
 def weight_files(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Path]:
     """Write named tensors to files, one at a time; each is removed after use."""
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory(prefix="turnstile-", dir=roomy_folder()) as folder:
         path = Path(folder) / "weights.safetensors"
         for chunk in _chunks(stream):
-            save_file(chunk, path)
+            _write(chunk, path)
             yield path
 
 
@@ -55,16 +55,20 @@ class KeptWeights:
         self._files = []
 
     @contextlib.contextmanager
-    def folder(self, model_dir: Path) -> Iterator[Path]:
-        """A model folder with these weights, and with all else of ``model_dir``, to start an engine on."""
+    def folder(self, rest: Mapping[str, bytes]) -> Iterator[Path]:
+        """A model folder with these weights and the ``rest`` of its files, to start an engine on."""
         with tempfile.TemporaryDirectory(prefix="turnstile-") as name:
             folder = Path(name)
-            for file in model_dir.iterdir():
-                if file.is_file() and not is_weights(file):
-                    shutil.copy(file, folder)
+            for file, content in rest.items():
+                (folder / file).write_bytes(content)
             for number, path in enumerate(self.paths):
                 (folder / f"model-{number:05}.safetensors").symlink_to(path)
             yield folder
+
+
+def rest_of(model_dir: Path) -> dict[str, bytes]:
+    """All files of a model folder but its weights."""
+    return {file.name: file.read_bytes() for file in model_dir.iterdir() if file.is_file() and not is_weights(file)}
 
 
 def is_weights(file: Path) -> bool:
@@ -92,9 +96,21 @@ def _chunks(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, to
 
 
 def _nameless(chunk: dict[str, torch.Tensor]) -> BinaryIO:
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory(prefix="turnstile-", dir=roomy_folder()) as folder:
         path = Path(folder) / "weights.safetensors"
-        save_file(chunk, path)
+        _write(chunk, path)
         return path.open("rb")
+
+
+def _write(chunk: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(chunk, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        size = sum(tensor.nbytes for tensor in chunk.values()) / 2**20
+        raise UserError(
+            f"weights for the engine: {size:.0f} MiB do not go into {path.parent.parent} ({error}); free space there, "
+            "or set TMPDIR to a folder that has it"
+        ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rollout import agent
 from rollout.agent import EpisodeDropped, run_episode
 from rollout.buffer import RolloutBuffer
 from rollout.chat import parse_text
@@ -111,6 +112,18 @@ def test_a_tool_that_raises_is_retried_then_drops_the_episode() -> None:
     with pytest.raises(EpisodeDropped, match="fails failed 3 times: OSError: the database is down") as dropped:
         play(Script("<think></think>" + call("fails")), [fails])
     assert dropped.value.cause == "tool_error" and len(tries) == 3
+
+
+@pytest.mark.parametrize("answer", ["<think></think>4", "<think></think>" + call("nowhere") * 9])
+def test_an_environment_that_does_not_close_holds_nobody_up(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs(ToolEnvironment):
+        async def close(self) -> None:
+            await asyncio.sleep(60.0)
+
+    monkeypatch.setattr(agent, "CLOSE_S", 0.2)
+    with pytest.raises(EpisodeDropped, match="the environment of q did not close in 0 s") as dropped:
+        asyncio.run(run_episode(ROW, Hangs([], lambda answer, gold: True), Script(answer), LimitsConfig()))
+    assert dropped.value.cause == "environment_close"
 
 
 def test_a_tool_that_recovers_costs_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing.resource_tracker
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from rollout.engines.vllm import build
 from rollout.episode import program_id
 from rollout.errors import EngineDied, UserError
 from rollout.runner import Job, Runner
+from rollout.scheduling.files import VARIABLES
 from rollout.scheduling.options import KEY
 from rollout.speaker import Policy
 from rollout.tasks import ToolEnvironment
@@ -155,7 +157,9 @@ def fleet(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, run: Loop) 
     """Two engines, for all tests of this file; those after a death find a replacement."""
     before = children()
     config = VllmConfig(mode="process", replicas=2, max_model_len=512, kv_cache_gib=0.1, timeout_s=120.0, restarts=6)
-    fleet = build(config, str(model_dir), log_path=tmp_path_factory.mktemp("fleet") / "engine.log")
+    folder = tmp_path_factory.mktemp("fleet")
+    shutil.copytree(model_dir, folder / "model")
+    fleet = build(config, str(folder / "model"), log_path=folder / "engine.log")
     yield fleet
     run(fleet.close())
     assert_gone(before)
@@ -254,6 +258,7 @@ def test_a_member_killed_in_a_batch_loses_no_episode_and_comes_back_on_the_last_
     model, probe, version = moved(trainer_model, 3), Probe(IDS, 1e-4), fleet.version + 1
     logprobs = model_logprobs(model, IDS)
     run(sync(fleet, named_weights(model), version, probe=probe, trainer_logprobs=lambda ids: logprobs))
+    shutil.rmtree(fleet._model_dir)  # as keep_last deletes the checkpoint that a run was resumed from
     deaths = run(fleet.stats())["restarts"]
     policy = Policy(fleet, chat(), Sampling(max_tokens=1), 512)
     limits = LimitsConfig(max_new_tokens=400, episode_timeout_s=120.0, retries=0)
@@ -275,6 +280,22 @@ def test_a_member_killed_in_a_batch_loses_no_episode_and_comes_back_on_the_last_
     assert run(probe.check(fleet, logprobs)) < 1e-5  # both, the replacement among them
     assert [member.engine.version for member in fleet._members] == [version, version]
     assert fleet.router.loads == [0, 0]
+
+
+def test_a_replacement_starts_from_the_tool_latencies_that_were_saved_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rollout.engines.member import replacement_variables
+
+    saved, known = tmp_path / "saved.json", tmp_path / "known.json"
+    monkeypatch.setenv(VARIABLES["save_latencies"], str(saved))
+    monkeypatch.setenv(VARIABLES["latencies"], str(known))
+    latencies = VARIABLES["latencies"]
+    assert replacement_variables({"A": "1"}) == {"A": "1", latencies: ""}, "the run's checkpoint was deleted"
+    known.touch()
+    assert replacement_variables({})[latencies] == str(known)
+    saved.touch()
+    assert replacement_variables({})[latencies] == str(saved)
 
 
 @pytest.mark.slow
