@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,15 @@ def show(records: list[dict[str, Any]], directory: Path) -> None:
 
 
 class Combine(Callback):
-    """At the end of a sweep: one table and one plot over its jobs, and all results in one ``evaluation.json``."""
+    """At the end of a sweep: one table and one plot over its jobs, and all results in one ``evaluation.json``.
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    The jobs whose directories the launcher calls ``failed`` are left out: what lies there is of an earlier sweep.
+    """
+
+    def on_multirun_end(self, config: DictConfig, failed: Sequence[Path] = (), **kwargs: Any) -> None:
         directory = Path(config.hydra.sweep.dir)
         jobs = sorted(directory.glob("*/evaluation.json"), key=lambda path: int(path.parent.name))
-        records = [json.loads(path.read_text()) for path in jobs]
+        records = [json.loads(path.read_text()) for path in jobs if path.parent.absolute() not in failed]
         if records:
             (directory / "evaluation.json").write_text(json.dumps(records, indent=1))
             show(records, directory)

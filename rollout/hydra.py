@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -50,6 +51,9 @@ EXPECTED = (UserError, EngineDied, WaitTimeout, SyncMismatch, HydraException, Om
 
 def one_line(error: BaseException) -> str:
     """What a person must know of an error, on one line: the key, what is wrong with it, and the remedy."""
+    # What the class that a ``_target_`` names has to say, Hydra wraps once for each level of the configuration.
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, InstantiationException | UserError):
+        error = error.__cause__
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(str(error).split())
     key = str(getattr(cause, "full_key", None) or "")
@@ -94,7 +98,7 @@ def guarded(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a ``hydra.main`` function: errors of composition become one line and exit code 2, Ctrl-C exit code 130."""
+    """Run a ``hydra.main`` function: errors before its body become one line and exit code 2, Ctrl-C exit code 130."""
     wished = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them on several lines and exits by itself
     try:
@@ -103,6 +107,11 @@ def run_command(main: Callable[[], Any]) -> None:
         if VERBOSE:
             raise
         sys.exit(_fail(one_line(error)))
+    except OSError as error:
+        line = None if VERBOSE else _unmade(error)
+        if line is None:
+            raise
+        sys.exit(_fail(line))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", code=130))
     finally:  # a command called by another program must not turn the one-line errors of that program's children off
@@ -116,6 +125,17 @@ def run_dir() -> Path:
     """Where this job writes: ``run_dir`` of a single run, or the job's own folder in a sweep."""
     path = Path(HydraConfig.get().runtime.output_dir)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _unmade(error: OSError) -> str | None:
+    """The line for a directory that Hydra could not make for a run or a sweep; None for an error from elsewhere."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    maker = next(module for module in reversed(modules) if module != "pathlib")
+    if modules[-1] != "pathlib" or maker.partition(".")[0] not in ("hydra", "hydra_plugins"):
+        return None
+    key = "run_dir" if maker == "hydra.core.utils" else "hydra.sweep.dir"
+    remedy = "free disk space" if error.errno in FULL else f"give another {key}"
+    return f"{key}: cannot make {error.filename} ({error.strerror}); {remedy}"
 
 
 def _fail(line: str, code: int = 2) -> int:

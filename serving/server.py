@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rollout.children import ends_with_parent
 from rollout.errors import EngineDied, UserError, WaitTimeout
 
-PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 BACKLOG = 2048  # connections that wait to be accepted, as vLLM's own server has
 MAX_CHARS = 300  # of an error taken from the log
 LOG_TAIL = 2**20  # bytes of the log in which an error is looked for: after days it is long
@@ -82,7 +80,7 @@ class Server:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=ends_with_parent(),
             )
 
     def wait_ready(self, timeout: float, waiting: Callable[[float], None]) -> None:
@@ -155,8 +153,3 @@ def stop_all(servers: Sequence[Server], timeout: float) -> None:
     finally:
         for server in servers:
             server.kill()
-
-
-def _die_with_parent() -> None:
-    """In the child: end when the parent is killed outright and can stop nothing any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -114,6 +114,8 @@ def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, argu
         ("rollout.evaluate", ["limits.max_turn=3"], r"error: limits\.max_turn: unknown key; .*\.max_turns\?"),
         ("rollout.evaluate", [], r"error: checkpoint: give checkpoint=DIR or url=.*"),
         ("rollout.evaluate", ["task=gsm8k", "checkpoint=x"], r"error: task\.path: required and not given.*"),
+        ("rollout.evaluate", ["url=http://127.0.0.1:9", "task=dataset", "task.path=x", "task.verifier=no.such"],
+         r"error: task\.verifier: .*no\.such.*"),
         ("serving", ["checkpoint=x", "port=http"], r"error: port: .*'http'.*"),
         ("serving", [], r"error: checkpoint: required and not given; add checkpoint=.*"),
         ("rollout.scheduling.simulator", ["workload=sessions"], r"error: trace: .* add trace=FILE"),
@@ -126,6 +128,24 @@ def test_help_and_configuration_come_at_once_without_torch_and_vllm(module, argu
 )  # fmt: skip
 def test_bad_configuration_is_one_line_and_exit_code_2(module, arguments, line, tmp_path):
     answered = command(module, *arguments, cwd=tmp_path)
+    assert answered.returncode == 2, answered.stderr[-2000:]
+    assert re.fullmatch(line, answered.stderr.strip()), answered.stderr
+    assert not answered.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["run_dir=file"], r"error: run_dir: cannot make file \(File exists\); give another run_dir"),
+        (["run_dir=file/run"], r"error: run_dir: cannot make file/run \(Not a directory\); give another run_dir"),
+        (["run_dir=/proc/run"], r"error: run_dir: cannot make /proc/run \(.*\); give another run_dir"),  # nor root
+        (["hydra.sweep.dir=file", "--multirun"],
+         r"error: hydra\.sweep\.dir: cannot make file \(File exists\); give another hydra\.sweep\.dir"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_cannot_be_made_is_one_line_and_exit_code_2(arguments, line, tmp_path):
+    (tmp_path / "file").touch()
+    answered = command("rollout.evaluate", "url=http://127.0.0.1:9", *arguments, cwd=tmp_path)
     assert answered.returncode == 2, answered.stderr[-2000:]
     assert re.fullmatch(line, answered.stderr.strip()), answered.stderr
     assert not answered.stdout

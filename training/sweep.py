@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class Combine(Callback):
-    """At the end of a sweep: the last evaluation of each run, and the first of all, in ``evaluation.json``."""
+    """At the end of a sweep: the last evaluation of each run, and the first of all, in ``evaluation.json``.
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+    The runs whose directories the launcher calls ``failed`` are left out: they were not trained to their end.
+    """
+
+    def on_multirun_end(self, config: DictConfig, failed: Sequence[Path] = (), **kwargs: Any) -> None:
         from rollout.evaluate import show
 
         directory = Path(config.hydra.sweep.dir)
-        jobs = sorted(directory.glob("*/stages.json"), key=lambda path: int(path.parent.name))
+        ended = (path for path in directory.glob("*/stages.json") if path.parent.absolute() not in failed)
+        jobs = sorted(ended, key=lambda path: int(path.parent.name))
         evaluations = [json.loads(path.read_text())["evaluations"] for path in jobs]
         found = [(path.parent, made) for path, made in zip(jobs, evaluations, strict=True) if made]
         if not found:

@@ -7,19 +7,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_plugins.local_gpus.callback import RETURN_VALUE
+from hydra_plugins.local_gpus.groups import POLL_S, end_groups, interrupted_by
+from rollout.children import ends_with_parent
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-GRACE_S = 10.0  # between asking a job to end and ending it
-POLL_S = 0.1
 
 
 @dataclass
@@ -34,7 +31,12 @@ class Job:
 
     @property
     def log(self) -> Path:
-        return self.folder / "job.log"
+        """Beside the folder, not in it: a run that starts anew deletes its folder."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def result(self) -> Path:
+        return self.folder / RETURN_VALUE
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Running:
 def run_jobs(jobs: list[Job], slots: list[dict[str, str]], *, timeout_s: float | None = None) -> None:
     """Run every job, at most one per slot at a time; sets ``problem`` of those that fail, and goes on with the rest.
 
-    Ctrl-C or SIGTERM ends all that run, with everything that they started.
+    Ctrl-C, SIGTERM or SIGHUP (a terminal that is gone) ends all that run, with everything that they started.
+    Where this process is killed outright, each job gets SIGTERM.
     """
     from rich.progress import (
         BarColumn,
@@ -64,7 +67,10 @@ def run_jobs(jobs: list[Job], slots: list[dict[str, str]], *, timeout_s: float |
 
     waiting, free, running = list(jobs), list(slots), list[Running]()
     columns = (TextColumn("jobs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with _sigterm_as_interrupt(), Progress(*columns, TextColumn("{task.description}")) as progress:
+    with (
+        interrupted_by(signal.SIGTERM, signal.SIGHUP),
+        Progress(*columns, TextColumn("{task.description}")) as progress,
+    ):
         bar = progress.add_task("", total=len(jobs))
         try:
             while waiting or running:
@@ -73,17 +79,18 @@ def run_jobs(jobs: list[Job], slots: list[dict[str, str]], *, timeout_s: float |
                 for ended in [r for r in running if _ended(r, timeout_s)]:
                     running.remove(ended)
                     free.append(ended.slot)
-                    _end_groups([ended])
+                    end_groups([ended.process])
                     _report(progress, bar, ended)
                 progress.update(bar, description=", ".join(r.job.label for r in running))
                 time.sleep(POLL_S)
         finally:
-            _end_groups(running)
+            end_groups([r.process for r in running])
 
 
 def _start(job: Job, slot: dict[str, str]) -> Running:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / RETURN_VALUE).unlink(missing_ok=True)  # of an earlier sweep in the same directory
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    if job.result.exists():
+        job.result.unlink()  # of an earlier sweep in the same directory
     # HYDRA_FULL_ERROR: our commands set it for themselves; inherited, it would turn one-line errors into tracebacks.
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | slot
     with job.log.open("wb") as log:
@@ -94,6 +101,7 @@ def _start(job: Job, slot: dict[str, str]) -> Running:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
+            preexec_fn=ends_with_parent(),
         )
     return Running(job, slot, process, time.monotonic())
 
@@ -108,10 +116,10 @@ def _ended(running: Running, timeout_s: float | None) -> bool:
     elif code != 0:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         job.problem = f"{how}: {last_line(job.log)}"
-    elif not (job.folder / RETURN_VALUE).exists():
+    elif not job.result.exists():
         job.problem = f"ended without running its main function: {last_line(job.log)}"
     else:
-        outcome = json.loads((job.folder / RETURN_VALUE).read_text())
+        outcome = json.loads(job.result.read_text())
         job.value, job.problem = outcome.get("value"), outcome.get("problem")
     return True
 
@@ -133,42 +141,3 @@ def _report(progress: "Progress", bar: "TaskID", running: Running) -> None:
         Text(f"{text} [{running.seconds():.1f} s]", style="red" if job.problem else ""), soft_wrap=True
     )
     progress.advance(bar)
-
-
-def _end_groups(running: list[Running]) -> None:
-    """Ask every process group to end, wait, then end it: an engine left behind would keep its GPU memory."""
-    for r in running:
-        _signal_group(r, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline and any(_group_lives(r) for r in running):
-        time.sleep(POLL_S)
-    for r in running:
-        _signal_group(r, signal.SIGKILL)
-        r.process.wait(timeout=GRACE_S)
-
-
-def _group_lives(running: Running) -> bool:
-    running.process.poll()  # reap the leader: a zombie would keep the group alive
-    return _signal_group(running, 0)
-
-
-def _signal_group(running: Running, number: int) -> bool:
-    try:
-        os.killpg(running.process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does: without this the jobs would outlive it."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

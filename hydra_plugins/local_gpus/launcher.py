@@ -1,8 +1,8 @@
 """``hydra/launcher=local_gpus``: every job of a multirun in a fresh interpreter, on a device slot from a queue.
 
 Hydra's basic launcher runs jobs one after another in one interpreter, where an engine and its GPU memory outlive
-their job. Here a job is the same command with the job's own overrides and run directory; its output goes to
-``job.log`` there.
+their job. Here a job is the same command with the job's own overrides and run directory; its output goes to a log
+beside that: ``0.log`` beside ``0``.
 """
 
 # No postponed annotations here: Hydra's scanner runs a module before it is in sys.modules, where dataclasses look.
@@ -55,7 +55,10 @@ class LocalGpusLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all jobs; the result has one entry per job, in the order given. Raises ``SweepFailed`` if one failed."""
+        """Run all jobs; the result has one entry per job, in the order given. Raises ``SweepFailed`` if one failed.
+
+        Before that the callbacks hear of the sweep's end, with the run directories of those that ``failed``.
+        """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         slots = device_slots(self.slots, self.gpus_per_job)
@@ -69,6 +72,12 @@ class LocalGpusLauncher(Launcher):
         run_jobs(jobs, slots, timeout_s=self.job_timeout_s)
         failed = [job for job in jobs if job.problem]
         if failed:
+            # Hydra itself would not call them, and what the other jobs came to would stay untold.
+            self.hydra_context.callbacks.on_multirun_end(
+                config=self.config,
+                config_name=self.config.hydra.job.config_name,
+                failed=[job.folder for job in failed],
+            )
             text = "; ".join(f"{job.label}: {job.problem} (log: {job.log})" for job in failed)
             raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed: {text}")
         for job, job_return in zip(jobs, returns, strict=True):
