@@ -26,7 +26,7 @@ lint: $(STAMP)
 	@$(RUN) -m mypy training rollout serving hydra_plugins benchmarks
 
 test: lint
-	@$(TEST_ENV) $(RUN) -m pytest -m "not slow"
+	@$(TEST_ENV) $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: lint
 	@$(TEST_ENV) $(RUN) -m pytest

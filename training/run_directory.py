@@ -142,9 +142,13 @@ def flat(settings: Any, key: str = "") -> dict[str, Any]:
 def locked(path: Path) -> Iterator[None]:
     """Have the directory alone; the system lets go of what a killed process had.
 
-    Raises UserError where another process of this or another machine has it for ``ENDING`` seconds more.
+    Raises UserError where it cannot be written, or another process has it for ``ENDING`` seconds more.
     """
-    with (path / ".lock").open("a+") as file:
+    try:
+        lock = (path / ".lock").open("a+")
+    except PermissionError as error:
+        raise UserError(f"run_dir: {path} cannot be written ({error.strerror}); give another run_dir") from error
+    with lock as file:
         deadline = time.monotonic() + ENDING
         while True:
             try:

@@ -49,7 +49,7 @@ def test_digits_and_line_ends_stand_alone_and_boilerplate_is_whole(tmp_path: Pat
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.vocab: 100 is too small.*at least 265"):
+    with pytest.raises(UserError, match=r"model\.vocabulary: 100 is too small.*at least 265"):
         tiny(tmp_path, vocab=100)
 
 
