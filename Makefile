@@ -25,6 +25,7 @@ lint: $(STAMP)
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy training rollout serving hydra_plugins benchmarks
 
+# Two workers, as most tests wait for an engine. A file's tests stay together and files in order: they share servers.
 test: lint
 	@$(TEST_ENV) $(RUN) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
