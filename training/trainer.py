@@ -231,6 +231,7 @@ class RolloutTrainer(Trainer):
             try:
                 with ranks.waiting("the others' parts of a checkpoint"):
                     self._write(folder)
+                    ranks.gather(None)
             except UserError:  # rank 0 may have given the checkpoint up while this one still wrote
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -241,7 +242,6 @@ class RolloutTrainer(Trainer):
                 rank, cause = checkpoint.first_cause(error, ranks.rank)
                 text = checkpoint.unwritten(self.checkpoints / f"step-{step}", cause)
                 raise UserError(f"rank {rank}: {text}") from error
-            ranks.gather(None)
 
     def _write(self, folder: Path) -> None:
         policy = self.accelerator.unwrap_model(self.model)
