@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 STAYS = "engine*.log"  # of a start that failed: why
@@ -54,8 +53,8 @@ class ReplacedRun:
         if self._deleted.exists():
             shutil.rmtree(self._deleted)
 
-    def _entries(self) -> Iterator[Path]:
-        yield from [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
+    def _entries(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if not entry.name.startswith(".")]
 
 
 def _remove(entry: Path) -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rollout.display import console
 from rollout.errors import UserError
 from training import checkpoint
+from training.dotted_names import dotted
 from training.replaced_run import ReplacedRun
 
 ENDING = 30.0  # seconds that a run which was stopped may need to be gone
@@ -45,8 +46,9 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            self.replaced.recover()
-            if not resume:
+            if resume:
+                self.replaced.recover()
+            else:
                 self.replaced.put_back()  # of a start that was killed before it stood
             if not resume and self._file.exists():
                 # A run that was refused before it had made anything is no run: the mended command may use its place.
@@ -54,7 +56,7 @@ class RunDirectory:
                     raise UserError(
                         f"run_dir: {self.path} holds a run already; resume=true goes on, overwrite=true starts it anew"
                     )
-                self._refuse_to_lose(OmegaConf.to_container(composed, resolve=True))
+                self._refuse_to_lose(composed)
                 self.replaced.set_aside()
             try:
                 self._begin(composed)
@@ -80,7 +82,7 @@ class RunDirectory:
 
     def _note_changes(self, before: str, now: str) -> None:
         """Say what a resumed run does otherwise than it did, and keep what it did."""
-        old, new = (flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
+        old, new = (settings(OmegaConf.create(text)) for text in (before, now))
         changes = [
             f"{key}={new.get(key)} (was {old.get(key)})"
             for key in [*old, *(key for key in new if key not in old)]
@@ -91,9 +93,9 @@ class RunDirectory:
             step = max((number for number, _ in checkpoint.steps(self.checkpoints)), default=0)
             (self.path / f"config-until-step-{step}.yaml").write_text(before)
 
-    def _refuse_to_lose(self, settings: Any) -> None:
+    def _refuse_to_lose(self, composed: Any) -> None:
         """Raise UserError where a setting names something that starting anew would delete before it is read."""
-        for key, value in flat(settings).items():
+        for key, value in settings(composed).items():
             if not isinstance(value, str) or key == "run_dir" or key.rpartition(".")[2] in WRITTEN:
                 continue
             named = Path(value)
@@ -130,12 +132,10 @@ class RunDirectory:
         scratch.replace(self._file)
 
 
-def flat(settings: Any, key: str = "") -> dict[str, Any]:
-    """Settings by their whole names: ``budget.samples``."""
-    if not isinstance(settings, dict | list):
-        return {key: settings}
-    items = settings.items() if isinstance(settings, dict) else enumerate(settings)
-    return {k: v for name, value in items for k, v in flat(value, f"{key}.{name}".lstrip(".")).items()}
+def settings(composed: Any) -> dict[str, Any]:
+    """Every single setting by its whole name, those in lists by number."""
+    every = dotted(OmegaConf.to_container(composed, resolve=True), into=(dict, list))
+    return {key: value for key, value in every.items() if value not in ({}, [])}
 
 
 @contextmanager

@@ -63,12 +63,11 @@ def differences(name: str, member: Any) -> list[str]:
 
     What demonstrations are made of is left out: nobody is shown any.
     """
-    if isinstance(member, dict):
-        known = ("_target_",)
-        return [
-            x for key, value in member.items() for x in overrides(f"{'' if key in known else '++'}{name}.{key}", value)
-        ]
     changed: list[str] = []
+    if isinstance(member, dict):
+        for key, value in member.items():  # its file has no key but the class: the others are new
+            changed += overrides(f"{'' if key == '_target_' else '++'}{name}.{key}", value)
+        return changed
     for f in fields(member):
         value = getattr(member, f.name)
         default = f.default_factory() if f.default_factory is not MISSING else f.default

@@ -10,6 +10,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from training.dotted_names import dotted
+
 
 class Combine(Callback):
     """At the end of a sweep: the last evaluation of each run, and the first of all, in ``evaluation.json``.
@@ -27,7 +29,7 @@ class Combine(Callback):
         found = [(path.parent, made) for path, made in zip(jobs, evaluations, strict=True) if made]
         if not found:
             return
-        settings = [flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) for folder, _ in found]
+        settings = [dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) for folder, _ in found]
         records = [
             {"name": name, "checkpoint": str(folder / "checkpoints"), **made[-1]}
             for name, (folder, made) in zip(names(settings), found, strict=True)
@@ -37,13 +39,6 @@ class Combine(Callback):
             records.insert(0, {"name": "before training", **start})
         (directory / "evaluation.json").write_text(json.dumps(records, indent=1))
         show(records, directory)
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {key: v for name, inner in value.items() for key, v in flat(inner, f"{prefix}.{name}".strip(".")).items()}
 
 
 def names(settings: list[dict[str, Any]]) -> list[str]:

@@ -60,9 +60,8 @@ class Fleet:
         self.router = Router(config.replicas)
         self._single = replace(config, replicas=1, devices=None)
         self._model_dir = model_dir
-        self._rest = (
-            rest_of(Path(model_dir)) if config.restarts else {}
-        )  # a checkpoint's folder may be deleted meanwhile
+        # Of a checkpoint, whose folder may be deleted before an engine is started anew.
+        self._rest = rest_of(Path(model_dir)) if config.restarts else {}
         self._state = threading.Lock()  # of members and router
         self._weights_lock = threading.Lock()  # held while weights are written, and by whoever starts on them
         self._weights: KeptWeights | None = None

@@ -15,6 +15,8 @@ from rollout.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# The last are other libraries', which lie beside the rest in folders from the hub.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 CHUNK_BYTES = 2**30  # weights travel in files of about this size, so that a large model never lies in memory twice
 
 
@@ -73,7 +75,7 @@ def rest_of(model_dir: Path) -> dict[str, bytes]:
 
 def is_weights(file: Path) -> bool:
     """Whether the file holds weights, or says which files do."""
-    return file.suffix in (".safetensors", ".bin", ".pt", ".pth") or file.name.endswith(".index.json")
+    return file.suffix in WEIGHTS or file.name.endswith(".index.json")
 
 
 def roomy_folder() -> Path | None:

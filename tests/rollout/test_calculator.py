@@ -61,10 +61,10 @@ def test_expressions(expression: str, result: str) -> None:
     ],
 )
 def test_junk_is_an_error_value_at_once(expression: str) -> None:
-    start = time.thread_time()
+    start = time.perf_counter()
     with pytest.raises(ToolError) as error:
         calculator.function(expression)
-    assert time.thread_time() - start < 0.1
+    assert time.perf_counter() - start < 0.1
     assert "\n" not in str(error.value) and len(str(error.value)) < 100
 
 

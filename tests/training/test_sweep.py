@@ -7,7 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from training.sweep import Combine, flat, names
+from training.dotted_names import dotted
+from training.sweep import Combine, names
 
 NUMBERS = dict.fromkeys(["accuracy_low", "accuracy_high", "tool_calls", "tokens", "thinking"], 0.5)
 
@@ -17,12 +18,12 @@ def test_names_are_the_settings_that_differ() -> None:
         {"run_dir": f"sweep/{i}", "seed": 0, "reward": {"alpha": alpha, "prices": {}}, "advantage": each}
         for i, (alpha, each) in enumerate([(0.1, {"clip": None}), (0.3, {"clip": None}), (0.3, {"lam": 1})])
     ]
-    assert names([flat(run) for run in runs]) == [
+    assert names([dotted(run) for run in runs]) == [
         "reward.alpha=0.1",
         "reward.alpha=0.3",
         "reward.alpha=0.3, advantage.lam=1",
     ]
-    assert names([flat(run) for run in runs[1:2]]) == ["0"]
+    assert names([dotted(run) for run in runs[1:2]]) == ["0"]
 
 
 def test_the_table_leaves_out_a_run_that_failed_on_its_way(tmp_path: Path) -> None:

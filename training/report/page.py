@@ -6,13 +6,13 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rollout.errors import UserError
+from training.dotted_names import dotted
 from training.report.charts import LEARNING, SPEED, drawn
 from training.report.record import Row, RunRecord, read
 from training.timing import PARTS
@@ -73,7 +73,7 @@ def render(record: RunRecord) -> str:
         data=embedded(data),
         state=_state(record),
         headline=_headline(record),
-        summary=list(_flat(record.summary)),
+        summary=list(dotted(record.summary).items()),
         times=_times(record.metrics),
         evaluations=record.evaluations,
         difficulties=_difficulties(record.evaluations),
@@ -115,14 +115,6 @@ def _headline(record: RunRecord) -> list[tuple[str, str, str]]:
     if "seconds_total" in record.summary:
         found.append(("seconds in all", f"{record.summary['seconds_total']:,.0f}", "the whole command"))
     return found
-
-
-def _flat(value: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, part in value.items():
-        if isinstance(part, dict):
-            yield from _flat(part, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", part
 
 
 def _times(metrics: list[Row]) -> list[tuple[str, str, float, float]]:
